@@ -1,0 +1,5 @@
+"""Attention operators as pure functions on arrays. See WORKSPACE.md for the map."""
+
+from .lightning_attention import lightning_attention, lightning_attention_step
+
+__all__ = ["lightning_attention", "lightning_attention_step"]

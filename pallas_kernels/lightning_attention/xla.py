@@ -1,0 +1,181 @@
+"""Lightning attention in plain XLA: one scan over chunks, matrix products inside a chunk.
+
+The portable path (CPU, and any platform without a kernel). Forward and backward both carry only the
+[K, V] state from chunk to chunk, so time and memory are linear in T. Symbols of the comments: C rows
+per chunk, n of them real, i a row; `up` and `down` are decay^(i+1) and decay^(n-1-i).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dots import einsum_f32
+from ..segments import pad_length
+
+DEFAULT_CHUNK = 128
+
+
+class Residuals(NamedTuple):
+  """What the backward sweep needs. `states` is the state before each chunk, [N, B, H, K, V]."""
+
+  query: Float[Array, "B T H K"]
+  key: Float[Array, "B T H K"]
+  value: Float[Array, "B T H V"]
+  log_decay: Float[Array, " H"]
+  segments: Int[Array, "B T"] | None
+  lengths: Int[Array, " B"] | None
+  states: Float[Array, "N B H K V"]
+
+
+class Weights(NamedTuple):
+  """Decay factors of one chunk (P is B, or 1 where all rows are alike)."""
+
+  mask: Float[Array, "P H C C"]  # decay^(i-j) for i >= j in the same document, else 0
+  up: Float[Array, "P H C 1"]  # from the state before the chunk to row i
+  down: Float[Array, "P H C 1"]  # from row i to the state after the chunk
+  carry: Float[Array, "P H 1 1"]  # from the state before to the state after
+  real: Float[Array, "P 1 C 1"]  # 1 for tokens, 0 for padding
+  count: Int[Array, "P 1 1 1"]  # n
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def lightning_attention_xla(
+  query: Float[Array, "B T H K"],
+  key: Float[Array, "B T H K"],
+  value: Float[Array, "B T H V"],
+  log_decay: Float[Array, " H"],
+  initial_state: Float[Array, "B H K V"],
+  segments: Int[Array, "B T"] | None,
+  lengths: Int[Array, " B"] | None,
+  chunk_size: int = DEFAULT_CHUNK,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+  """Output and final state; the arguments are those of `lightning_attention_reference`."""
+  args = (query, key, value, log_decay, initial_state, segments, lengths, chunk_size)
+  return _forward(*args)[0]
+
+
+def _forward(query, key, value, log_decay, initial_state, segments, lengths, chunk_size):
+  length = query.shape[1]
+  chunk = min(chunk_size, length)
+  weights = _weights_function(log_decay, chunk, segments, lengths, length)
+
+  def step(state, inputs):
+    index, q, k, v = inputs  # [B, H, C, D]
+    w = weights(index)
+    scores = (einsum_f32("bhck,bhdk->bhcd", q, k) * w.mask).astype(v.dtype)  # [B, H, C, C]
+    output = einsum_f32("bhcd,bhdv->bhcv", scores, v)
+    output += w.up * einsum_f32("bhck,bhkv->bhcv", q, state)
+    added = einsum_f32("bhck,bhcv->bhkv", (w.down * k).astype(k.dtype), v)
+    return w.carry * state + added, ((w.real * output).astype(v.dtype), state)
+
+  chunks = tuple(_split(x, chunk) for x in (query, key, value))
+  final_state, (output, states) = jax.lax.scan(step, initial_state, (_indices(chunks), *chunks))
+  residuals = Residuals(query, key, value, log_decay, segments, lengths, states)
+  return (_join(output, length), final_state), residuals
+
+
+def _backward(chunk_size, residuals, cotangents):
+  query, key, value, log_decay, segments, lengths, states = residuals
+  d_output, d_final_state = cotangents
+  length = query.shape[1]
+  chunk = min(chunk_size, length)
+  weights = _weights_function(log_decay, chunk, segments, lengths, length)
+  row = jnp.arange(chunk)
+  distance = row[:, None] - row  # [C, C]
+
+  def step(carry, inputs):
+    d_state, d_decay = carry  # cotangent of the state after the chunk
+    index, q, k, v, do, state = inputs
+    w = weights(index)
+    do = (w.real * do).astype(do.dtype)
+    masked_scores = einsum_f32("bhck,bhdk->bhcd", q, k) * w.mask
+    products = einsum_f32("bhcv,bhdv->bhcd", do, v)
+    scores, d_scores = masked_scores.astype(v.dtype), (products * w.mask).astype(q.dtype)
+    q_state = w.up * einsum_f32("bhcv,bhkv->bhck", do, state)
+    k_state = w.down * einsum_f32("bhcv,bhkv->bhck", v, d_state)
+    dq = einsum_f32("bhcd,bhdk->bhck", d_scores, k) + q_state
+    dk = einsum_f32("bhcd,bhck->bhdk", d_scores, q) + k_state
+    dv = einsum_f32("bhcd,bhcv->bhdv", scores, do)
+    dv += w.down * einsum_f32("bhck,bhkv->bhcv", k, d_state)
+    # Every decay^m above contributes m times its term.
+    last = jnp.maximum(w.count - 1 - row[:, None], 0)
+    d_decay += jnp.sum(distance * masked_scores * products, (0, 2, 3))
+    d_decay += jnp.sum((row[:, None] + 1) * q * q_state + last * k * k_state, (0, 2, 3))
+    d_decay += jnp.sum(w.count * w.carry * state * d_state, (0, 2, 3))
+    added = einsum_f32("bhck,bhcv->bhkv", (w.up * w.real * q).astype(q.dtype), do)
+    grads = (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype))
+    return (w.carry * d_state + added, d_decay), grads
+
+  chunks = tuple(_split(x, chunk) for x in (query, key, value, d_output))
+  start = (d_final_state, jnp.zeros_like(log_decay))
+  inputs = (_indices(chunks), *chunks, states)
+  (d_state, d_decay), grads = jax.lax.scan(step, start, inputs, reverse=True)
+  return (*(_join(x, length) for x in grads), d_decay, d_state, None, None)
+
+
+lightning_attention_xla.defvjp(_forward, _backward)
+
+
+def _weights_function(log_decay, chunk, segments, lengths, length):
+  """Returns the function from a chunk's index to its `Weights`.
+
+  What does not depend on the chunk is computed here, once, outside the scan.
+  """
+  rate = log_decay[:, None, None]  # [H, 1, 1]
+  row = jnp.arange(chunk)[:, None]
+  distance = row - row.T
+  causal = jnp.where(distance >= 0, jnp.exp(rate * jnp.maximum(distance, 0)), 0)[None]
+  up = jnp.exp(rate * (row + 1))[None]  # [1, H, C, 1]
+  if lengths is None:
+    lengths = jnp.full((1,), length)
+  if segments is not None:
+    segments = pad_length(segments, chunk)
+
+  def weights(index):
+    count = jnp.clip(lengths - index * chunk, 0, chunk)[:, None, None, None]  # [P, 1, 1, 1]
+    real = (row < count).astype(log_decay.dtype)  # [P, 1, C, 1]
+    down = real * jnp.exp(rate * jnp.maximum(count - 1 - row, 0))
+    carry = jnp.exp(rate * count)
+    if segments is None:
+      return Weights(causal, up, down, carry, real, count)
+    here = jax.lax.dynamic_slice_in_dim(segments, index * chunk, chunk, axis=1)  # [B, C]
+    before = _segment_at(segments, jnp.minimum(index * chunk, lengths) - 1)  # [B, 1]
+    after = _segment_at(segments, jnp.minimum((index + 1) * chunk, lengths) - 1)
+    same = (here[:, :, None] == here[:, None, :])[:, None]  # [B, 1, C, C]
+    return Weights(
+      mask=causal * same,
+      up=up * (here == before)[:, None, :, None],
+      down=down * (here == after)[:, None, :, None],
+      carry=carry * (before == after)[:, :, None, None],
+      real=real,
+      count=count,
+    )
+
+  return weights
+
+
+def _segment_at(segments, position):
+  """Document of the token at `position` [B or 1]; that of the initial state, 0, before the first."""
+  position = jnp.broadcast_to(position, segments.shape[:1])
+  found = jnp.take_along_axis(segments, jnp.maximum(position, 0)[:, None], axis=1)
+  return jnp.where(position[:, None] < 0, 0, found)
+
+
+def _split(x, chunk):
+  """[B, T, H, D] -> [N, B, H, C, D]."""
+  x = pad_length(x, chunk)
+  batch, length, heads, dim = x.shape
+  return x.reshape(batch, length // chunk, chunk, heads, dim).transpose(1, 0, 3, 2, 4)
+
+
+def _join(x, length):
+  """[N, B, H, C, D] -> [B, T, H, D]."""
+  count, batch, heads, chunk, dim = x.shape
+  return x.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, dim)[:, :length]
+
+
+def _indices(chunks):
+  return jnp.arange(chunks[0].shape[0])

@@ -1,0 +1,1 @@
+"""Tools of the tests: golden files, error measures, compiling for absent accelerators."""
