@@ -18,3 +18,8 @@ for _name, _value in _ENVIRONMENT.items():
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+# Imported here and not above: it loads jax, which reads the environment.
+from attnzoo_testing import annotations  # noqa: E402
+
+annotations.install("attnzoo.pallas_kernels", "attnzoo.layers", "attnzoo.zoo")

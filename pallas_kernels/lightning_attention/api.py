@@ -59,20 +59,11 @@ def lightning_attention(
     ValueError: wrong rank, shape or dtype, an empty axis, a positive `log_decay`.
     NotImplementedError: an explicit `implementation` that cannot run here.
   """
-  checks.check_implementation(NAME, implementation)
-  checks.check_sequence(NAME, query=query, key=key, value=value)
-  batch, length, heads, key_dim = query.shape
-  checks.check_shape(NAME, "key", key, query.shape, "query and key have the same head_dim")
-  checks.check_segments(NAME, segment_ids, batch, length)
-  checks.check_shape(NAME, "lengths", lengths, (batch,), "one length per row")
-  checks.check_integer(NAME, "lengths", lengths)
-  checks.check_shape(NAME, "log_decay", log_decay, (heads,), "one rate per head")
-  checks.check_not_positive(NAME, "log_decay", log_decay, "pass minus the decay rate")
-  state_shape = (batch, heads, key_dim, value.shape[3])
-  checks.check_shape(NAME, "initial_state", initial_state, state_shape, "[B, H, K, V]")
-  if chunk_size is not None and chunk_size < 1:
-    checks.fail(NAME, "chunk_size", "be at least 1", chunk_size, "None picks the measured best")
-
+  check_arguments(
+    NAME, query, key, value, log_decay, segment_ids, lengths, initial_state, chunk_size,
+    implementation,
+  )  # fmt: skip
+  heads, state_shape = query.shape[2], _state_shape(query, value)
   implementation = implementation or _choose()
   state_dtype = jnp.promote_types(query.dtype, jnp.float32)
   if log_decay is None:
@@ -91,6 +82,30 @@ def lightning_attention(
   if implementation == "tpu":
     return _tpu(args, chunk_size, interpret)
   return _triton(args, chunk_size)
+
+
+def check_arguments(
+  function, query, key, value, log_decay, segment_ids, lengths, initial_state, chunk_size,
+  implementation,
+):  # fmt: skip
+  """Raises ValueError, in the name of `function`, for arguments the operator does not take."""
+  checks.check_implementation(function, implementation)
+  checks.check_sequence(function, query=query, key=key, value=value)
+  batch, length, heads = query.shape[:3]
+  checks.check_shape(function, "key", key, query.shape, "query and key have the same head_dim")
+  checks.check_segments(function, segment_ids, batch, length)
+  checks.check_shape(function, "lengths", lengths, (batch,), "one length per row")
+  checks.check_integer(function, "lengths", lengths)
+  checks.check_shape(function, "log_decay", log_decay, (heads,), "one rate per head")
+  checks.check_not_positive(function, "log_decay", log_decay, "pass minus the decay rate")
+  state_shape = _state_shape(query, value)
+  checks.check_shape(function, "initial_state", initial_state, state_shape, "[B, H, K, V]")
+  if chunk_size is not None and chunk_size < 1:
+    checks.fail(function, "chunk_size", "be at least 1", chunk_size, "None picks the measured best")
+
+
+def _state_shape(query, value):
+  return (query.shape[0], *query.shape[2:], value.shape[3])
 
 
 def _choose() -> str:

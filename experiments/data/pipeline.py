@@ -1,0 +1,237 @@
+"""Batches: endless shuffled windows to train on, and one exact pass over a held-out split.
+
+A batch is a dictionary of arrays [rows, sequence_length]:
+  tokens       int32    inputs
+  targets      int32    the next token of each input
+  weights      float32  1 where the target counts, else 0
+  segment_ids  int32    1, 2, ... in each row, one number a document; 0 only for padding
+
+The end id opens a segment (see `corpus`), so an input and its target are never in two documents:
+the target of a document's last token is the end id, which says that the document ends, and the
+first token of a document is predicted from the end id. All training windows therefore have weight
+1 everywhere. Where token files have no end id, each row is one segment.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from .config import DataConfig
+from .corpus import Corpus, TokenSplit
+from .errors import refuse
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainBatches:
+  """Endless iterator of training batches with a position that can be saved and restored.
+
+  Each epoch cuts the stream at a new random offset into windows of `sequence_length` + 1 tokens
+  that overlap by one, and visits them in a new random order. Both depend on `seed` and the epoch
+  only. Global batch number n has the same rows whatever the number of hosts and of workers; host p
+  of P holds rows p, p + P, ... of it.
+  """
+
+  def __init__(
+    self, corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+  ):
+    rows = _rows_per_host(config.batch_size, process_index, process_count)
+    windows, slack = _windows(len(corpus.train.tokens), config.sequence_length)
+    self.steps_per_epoch = windows / config.batch_size
+    self._identity = dict(
+      corpus=corpus.fingerprint,
+      sequence_length=config.sequence_length,
+      batch_size=config.batch_size,
+      seed=config.seed,
+    )
+    import grain
+
+    cut = functools.partial(
+      _train_row,
+      corpus.train.tokens,
+      windows=windows,
+      offset=functools.lru_cache(4)(functools.partial(_epoch_offset, config.seed, slack)),
+      length=config.sequence_length,
+      end_id=corpus.end_id,
+    )
+    order = grain.MapDataset.range(windows).seed(config.seed).shuffle().repeat()
+    rows_of_host = order.map_with_index(cut)[process_index::process_count]
+    # Threads, not processes: the arrays are shared, and the position stays one number that does
+    # not depend on how many work ahead of it.
+    options = grain.ReadOptions(
+      num_threads=config.workers, prefetch_buffer_size=max(config.prefetch, config.workers)
+    )
+    batches = rows_of_host.batch(rows, drop_remainder=True)
+    self._batches = iter(batches.to_iter_dataset(options))
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._batches)
+
+  @property
+  def position(self) -> int:
+    """Global batches handed out so far."""
+    return self._batches.get_state()["next_index"]
+
+  @property
+  def epoch(self) -> float:
+    return self.position / self.steps_per_epoch
+
+  def get_state(self) -> bytes:
+    """The position and what it counts, as JSON."""
+    return json.dumps(dict(position=self.position, **self._identity)).encode()
+
+  def set_state(self, state: bytes) -> None:
+    """Continues after the batch that was handed out last when the state was taken.
+
+    Raises:
+      DataError: the state belongs to other data, or to batches of another shape or order.
+    """
+    stored = json.loads(state)
+    position = stored.pop("position")
+    different = [key for key, value in self._identity.items() if stored.get(key) != value]
+    if different:
+      raise refuse("set_state", f"get a state of these data {_some(self._identity, different)}",
+                   _some(stored, different),
+                   "resume with the settings of the checkpoint, or start a new run")  # fmt: skip
+    self._batches.set_state({"next_index": position})
+
+  def close(self) -> None:
+    """Ends the worker threads."""
+    self._batches.close()
+
+
+class EvaluationBatches:
+  """One pass over a split, in order: every token but the first is the target exactly once.
+
+  Rows start with an empty state. `overlap` tokens at the start of each row but the first repeat
+  the end of the row before with weight 0, which gives the targets at least that much context.
+  The last batch is filled up with rows of weight 0. Host p of P holds a block of the rows of each
+  batch, and all hosts have equally many batches. Can be iterated any number of times.
+
+  Attributes:
+    targets: targets that count, over all hosts.
+    target_bytes: UTF-8 bytes that these stand for; None for token files without a tokenizer.
+      Sum of losses in nats / (ln 2 * target_bytes) = bits per byte.
+  """
+
+  def __init__(
+    self,
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    split: str = "validation",
+    max_tokens: int | None = None,
+    overlap: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    if split not in corpus.splits:
+      raise refuse("split", f"be one of {sorted(corpus.splits)}", repr(split), "see the source")
+    if not 0 <= overlap < config.sequence_length:
+      raise refuse("overlap", f"lie in 0..{config.sequence_length - 1}", overlap,
+                   "it is part of the sequence length")  # fmt: skip
+    if max_tokens is not None and max_tokens < 1:
+      raise refuse("max_tokens", "be at least 1", max_tokens, "None takes the whole split")
+    content = corpus.splits[split]
+    self.targets = min(len(content.tokens) - 1, max_tokens or len(content.tokens))
+    self.target_bytes = _target_bytes(corpus, content, self.targets)
+    self._tokens = content.tokens[: self.targets + 1]
+    self._end_id = corpus.end_id
+    self._length, self._overlap = config.sequence_length, overlap
+    self._batch_size = config.batch_size
+    self._host_rows = _rows_per_host(config.batch_size, process_index, process_count)
+    self._first_row = self._host_rows * process_index
+
+  def __len__(self) -> int:
+    stride = self._length - self._overlap
+    rows = 1 + -(-max(0, self.targets - self._length) // stride)
+    return -(-rows // self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    for batch in range(len(self)):
+      first = batch * self._batch_size + self._first_row
+      rows = [self._row(first + i) for i in range(self._host_rows)]
+      yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  def _row(self, number: int) -> Batch:
+    start = number * (self._length - self._overlap)
+    ids = self._tokens[start : start + self._length + 1]
+    filled = max(0, len(ids) - 1)  # positions with a target
+    if number and filled <= self._overlap:  # nothing new: behind the last target
+      filled = 0
+    row = _row(ids[: filled + 1], self._end_id) if filled else None
+    padded = _padding(self._length)
+    for name, values in padded.items():
+      if row is not None:
+        values[:filled] = row[name]
+    padded["weights"][: self._overlap if number else 0] = 0
+    return padded
+
+
+def bits_per_byte(nats: float, target_bytes: int) -> float:
+  """Sum of the losses of all targets, in nats, as bits per byte of the text."""
+  return nats / (np.log(2) * target_bytes)
+
+
+def _rows_per_host(batch_size: int, process_index: int, process_count: int) -> int:
+  if not 0 <= process_index < process_count:
+    raise refuse("process_index", f"lie in 0..{process_count - 1}", process_index, "count from 0")
+  if batch_size % process_count:
+    raise refuse("batch_size", f"be a multiple of the {process_count} hosts", batch_size,
+                 "it counts the rows of all hosts")  # fmt: skip
+  return batch_size // process_count
+
+
+def _windows(tokens: int, length: int) -> tuple[int, int]:
+  """Windows an epoch and the largest offset of the first one."""
+  if tokens < length + 1:
+    raise refuse("sequence_length", f"be below the {tokens} tokens of the train split", length,
+                 "shorten it or give more text")  # fmt: skip
+  windows = max(1, tokens // length - 1)
+  return windows, min(length - 1, tokens - 1 - windows * length)
+
+
+def _epoch_offset(seed: int, slack: int, epoch: int) -> int:
+  return int(np.random.default_rng([seed, epoch]).integers(slack + 1))
+
+
+def _train_row(tokens, index: int, window: int, *, windows, offset, length, end_id) -> Batch:
+  """Row number `index` of the endless order, which is window number `window` of its epoch."""
+  start = offset(index // windows) + int(window) * length
+  return _row(tokens[start : start + length + 1], end_id)
+
+
+def _row(ids: Int[np.ndarray, "n"], end_id: int | None) -> Batch:
+  """Inputs, targets, weights and segments of n tokens: arrays [n - 1]."""
+  ids = np.asarray(ids).astype(np.int32)
+  tokens, targets = ids[:-1], ids[1:]
+  segments = np.ones(len(tokens), np.int32)
+  if end_id is not None:
+    np.cumsum(tokens == end_id, out=segments)
+    segments += 1 - segments[0]  # the row may start inside a document
+  weights = np.ones(len(tokens), np.float32)
+  return dict(tokens=tokens, targets=targets, weights=weights, segment_ids=segments)
+
+
+def _padding(length: int) -> Batch:
+  integers = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids")}
+  return integers | dict(weights=np.zeros(length, np.float32))
+
+
+def _target_bytes(corpus: Corpus, split: TokenSplit, targets: int) -> int | None:
+  if split.token_bytes is not None:
+    return int(split.token_bytes[1 : targets + 1].sum(dtype=np.int64))
+  if corpus.tokenizer is None:
+    return None
+  return len(corpus.tokenizer.decode(split.tokens[1 : targets + 1]).encode())
+
+
+def _some(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+  return {key: values.get(key) for key in keys}

@@ -1,0 +1,40 @@
+"""Channel mixers."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .activations import activation
+from .partitioning import constrain
+from .projections import dense
+
+
+class GatedLinearUnit(nnx.Module):
+  """y = (f(x W_gate) * (x W_up)) W_down.
+
+  With f = identity this is the SGLU of TransNormerLLM, with silu SwiGLU.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    hidden: int,
+    *,
+    activation: str = "identity",
+    use_bias: bool = False,
+    init: nnx.Initializer,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.activation = activation
+    kwargs = dict(use_bias=use_bias, init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.gate = dense(features, hidden, ("embed", "mlp"), **kwargs)
+    self.up = dense(features, hidden, ("embed", "mlp"), **kwargs)
+    self.down = dense(hidden, features, ("mlp", "embed"), **kwargs)
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    hidden = activation(self.activation)(self.gate(x)) * self.up(x)
+    if hidden.ndim == 3:
+      hidden = constrain(hidden, "batch", "length", "mlp")
+    return self.down(hidden)

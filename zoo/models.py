@@ -1,0 +1,59 @@
+"""Models by name."""
+
+import dataclasses
+import difflib
+from types import ModuleType
+
+from flax import nnx
+
+from ..layers import DecoderLM
+from . import transnormer
+
+# Every module here has PRESETS (name -> frozen config), build(config, rngs) and parameter_count.
+MODULES: tuple[ModuleType, ...] = (transnormer,)
+
+
+def list_models() -> list[str]:
+  """Names of all presets."""
+  return [name for module in MODULES for name in module.PRESETS]
+
+
+def get_config(name: str, **overrides):
+  """The frozen configuration of preset `name`, with some fields replaced.
+
+  Raises:
+    ValueError: unknown name or field (the nearest one is suggested), or a field's bad value.
+  """
+  for module in MODULES:
+    if name in module.PRESETS:
+      config = module.PRESETS[name]
+      fields = [field.name for field in dataclasses.fields(config)]
+      for key in overrides:
+        if key not in fields:
+          raise ValueError(_unknown("get_config", f"field of {name}", key, fields))
+      return dataclasses.replace(config, **overrides)
+  raise ValueError(_unknown("get_config", "model", name, list_models()))
+
+
+def module_of(config) -> ModuleType:
+  """The zoo module that a configuration belongs to."""
+  for module in MODULES:
+    if any(type(config) is type(preset) for preset in module.PRESETS.values()):
+      return module
+  raise TypeError(f"build: config must be a configuration of the zoo; got {type(config).__name__}")
+
+
+def build(config, rngs: nnx.Rngs) -> DecoderLM:
+  """The model of a configuration, with fresh weights."""
+  return module_of(config).build(config, rngs)
+
+
+def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
+  """`build(get_config(name, **overrides), rngs)`."""
+  return build(get_config(name, **overrides), rngs)
+
+
+def _unknown(function: str, what: str, got: str, known: list[str]) -> str:
+  near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
+  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+  return f"{function}: name must be a known {what}; got {got!r} ({hint})"

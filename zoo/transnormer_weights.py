@@ -1,0 +1,225 @@
+"""TransNormerLLM's published weight layout (the hub checkpoints of 385M to 7B)."""
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from flax import nnx
+
+from ..layers import DecoderLM
+from . import transnormer
+from .transnormer import TransNormerConfig
+from .weights import Slot, dump_slots, load_slots, read_tensors, write_safetensors
+
+# Names in the published config.json and ours. What is not listed there is not a choice we offer.
+_CONFIG_NAMES = {
+  "vocab_size": "vocab_size",
+  "decoder_embed_dim": "features",
+  "decoder_layers": "num_layers",
+  "decoder_attention_heads": "heads",
+  "glu_dim": "glu_dim",
+  "bias": "use_bias",
+  "pad_token_id": "pad_id",
+  "bos_token_id": "bos_id",
+  "eos_token_id": "eos_id",
+}
+_ACTIVATIONS = {"swish": "silu", "none": "identity"}
+
+
+def import_weights(
+  source: str | os.PathLike | Mapping[str, np.ndarray],
+  config: TransNormerConfig | str | None = None,
+  **overrides,
+) -> DecoderLM:
+  """A model with published weights.
+
+  Args:
+    source: a .bin or .safetensors file, a folder with shards and their index, or a mapping of
+      published names to arrays.
+    config: a configuration or the name of a preset; None reads `config.json` beside the weights.
+    **overrides: fields of the configuration to replace, such as dtype or implementation.
+
+  Raises:
+    FileNotFoundError: no such file or folder, or a shard is missing.
+    ValueError: tensors that are missing, surplus or misshapen (all of them in one message), a
+      corrupt file, or a preset whose layout was never published.
+  """
+  if isinstance(config, str):
+    if config in transnormer.NO_IMPORT:
+      raise ValueError(
+        f"import_weights: {config!r} cannot be imported: {transnormer.NO_IMPORT[config]}"
+      )
+    if config not in transnormer.PRESETS:
+      near = difflib.get_close_matches(config, transnormer.PRESETS, n=1, cutoff=0.0)
+      raise ValueError(
+        f"import_weights: config must be a preset; got {config!r} (did you mean {near[0]!r}?)"
+      )
+    config = transnormer.PRESETS[config]
+  elif config is None:
+    config = config_beside(source)
+  config = dataclasses.replace(config, **overrides)
+  _check_layout(config)
+  tensors = _without_head_copy(read_tensors(source))
+  model = transnormer.build(config, nnx.Rngs(0))
+  load_slots(model, _slots(config), tensors, "TransNormerLLM with this configuration")
+  return model
+
+
+def export_weights(
+  model: DecoderLM,
+  config: TransNormerConfig,
+  path: str | os.PathLike | None = None,
+  dtype: str | None = None,
+) -> dict[str, np.ndarray]:
+  """The weights under their published names; also written to `path` (.safetensors) if given.
+
+  The head is the embedding and is not listed twice. Importing the result gives the same bits back.
+  """
+  _check_layout(config)
+  tensors = dump_slots(model, _slots(config), dtype)
+  if path is not None:
+    if pathlib.Path(path).suffix != ".safetensors":
+      raise ValueError(f"export_weights: path must end in .safetensors; got {path} (one file)")
+    write_safetensors(path, tensors)
+  return tensors
+
+
+def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
+  """The configuration that the `config.json` beside a checkpoint describes."""
+  if isinstance(source, Mapping):
+    raise ValueError(
+      "import_weights: config must be given for a mapping of arrays; got None (a preset name, or a"
+      " TransNormerConfig)"
+    )
+  path = pathlib.Path(source)
+  file = (path if path.is_dir() else path.parent) / "config.json"
+  if not file.exists():
+    raise FileNotFoundError(
+      f"import_weights: {file} must exist when no config is given (pass a preset name as config)"
+    )
+  raw = json.loads(file.read_text())
+  if raw.get("gate_dim"):
+    reason = transnormer.NO_IMPORT["transnormer3-15b"]
+    raise ValueError(f"import_weights: {file} has gate_dim and cannot be imported: {reason}")
+  if absent := [name for name in list(_CONFIG_NAMES)[:5] if name not in raw]:
+    raise ValueError(f"import_weights: {file} must have the fields {', '.join(absent)}")
+  fields = {ours: raw[theirs] for theirs, ours in _CONFIG_NAMES.items() if theirs in raw}
+  if fields["glu_dim"] == -1:
+    fields["glu_dim"] = fields["features"]
+  lrpe = raw.get("linear_use_lrpe_list") or [1] + [0] * (fields["num_layers"] - 1)
+  patterns = {_lrpe_pattern(name, len(lrpe)): name for name in transnormer.LRPE_LAYERS}
+  if tuple(lrpe) not in patterns:
+    raise ValueError(
+      f"import_weights: linear_use_lrpe_list of {file} is not a known pattern: {lrpe}"
+    )
+  if raw.get("hidden_dim", fields["features"]) != fields["features"]:
+    raise ValueError(f"import_weights: hidden_dim of {file} must equal decoder_embed_dim")
+  act = raw.get("linear_act_fun", "swish")
+  return TransNormerConfig(
+    **fields,
+    scale_embedding=not raw.get("no_scale_embedding", False),
+    lrpe_layers=patterns[tuple(lrpe)],
+    activation=_ACTIVATIONS.get(act, act),
+    norm="srms" if raw.get("norm_type", "simplermsnorm") == "simplermsnorm" else "layer",
+  )
+
+
+def _lrpe_pattern(name: str, layers: int) -> tuple[int, ...]:
+  first, rest = {"first": (1, 0), "all": (1, 1), "all_but_first": (0, 1), "none": (0, 0)}[name]
+  return (first,) + (rest,) * (layers - 1)
+
+
+def _check_layout(config: TransNormerConfig) -> None:
+  if config.gate != "full":
+    raise ValueError(
+      f"import_weights: gate must be 'full' in the published layout; got {config.gate!r} (the code"
+      " of models with another gate was not published)"
+    )
+  if config.norm != "srms":
+    raise ValueError(
+      f"import_weights: norm must be 'srms' in the published layout; got {config.norm!r} (no norm"
+      " has weights there)"
+    )
+
+
+def _without_head_copy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Drops `lm_head.weight`, which must be the embedding."""
+  tensors = dict(tensors)
+  head = tensors.pop("lm_head.weight", None)
+  embedding = tensors.get("model.embed_tokens.weight")
+  if head is not None and embedding is not None and not np.array_equal(head, embedding):
+    raise ValueError(
+      "import_weights: lm_head.weight must equal model.embed_tokens.weight; it differs (the model"
+      " ties them)"
+    )
+  return tensors
+
+
+def _slots(config: TransNormerConfig) -> Iterator[Slot]:
+  c, heads, dim = config, config.heads, config.head_dim
+  yield Slot(
+    "model.embed_tokens.weight", (c.vocab_size, c.features), ("embedding",), (), _same, _same
+  )
+  for layer in range(c.num_layers):
+    group, index = _place(config, layer)
+    name = f"model.layers.{layer}"
+    at = ("groups", group)
+
+    def slot(published, shape, path, to_ours=_same, to_theirs=_same, name=name, at=at, index=index):
+      return Slot(f"{name}.{published}", shape, (*at, *path), (index,), to_ours, to_theirs)
+
+    yield slot(
+      "token_mixer.qkvu_proj.weight",
+      (4 * c.features, c.features),
+      ("mixer", "heads_in", "kernel"),
+      lambda w: w.reshape(4, heads, dim, -1).transpose(0, 3, 1, 2),
+      lambda w: w.transpose(0, 2, 3, 1).reshape(4 * heads * dim, -1),
+    )
+    yield slot(
+      "token_mixer.out_proj.weight",
+      (c.features, c.features),
+      ("mixer", "heads_out", "kernel"),
+      lambda w: w.T.reshape(heads, dim, -1),
+      lambda w: w.reshape(heads * dim, -1).T,
+    )
+    if c.has_lrpe(layer):
+      yield slot(
+        "token_mixer.lrpe.theta",
+        (heads, 1, dim),
+        ("mixer", "lrpe", "theta"),
+        lambda w: w[:, 0],
+        lambda w: w[:, None],
+      )
+    for theirs, ours in (("l1", "gate"), ("l2", "up"), ("l3", "down")):
+      shape = (c.glu_dim, c.features) if theirs != "l3" else (c.features, c.glu_dim)
+      path = ("feed_forward", ours, "kernel")
+      yield slot(f"channel_mixer.{theirs}.weight", shape, path, np.transpose, np.transpose)
+    if c.use_bias:
+      yield slot(
+        "token_mixer.qkvu_proj.bias",
+        (4 * c.features,),
+        ("mixer", "heads_in", "bias"),
+        lambda b: b.reshape(4, heads, dim),
+        lambda b: b.reshape(-1),
+      )
+      yield slot("token_mixer.out_proj.bias", (c.features,), ("mixer", "heads_out", "bias"))
+      for theirs, ours in (("l1", "gate"), ("l2", "up"), ("l3", "down")):
+        size = c.features if theirs == "l3" else c.glu_dim
+        yield slot(f"channel_mixer.{theirs}.bias", (size,), ("feed_forward", ours, "bias"))
+
+
+def _place(config: TransNormerConfig, layer: int) -> tuple[int, int]:
+  """(group of stacked layers, index in it): runs of layers with and without LRPE."""
+  group = index = 0
+  for below in range(1, layer + 1):
+    same = config.has_lrpe(below) == config.has_lrpe(below - 1)
+    group, index = (group, index + 1) if same else (group + 1, 0)
+  return group, index
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+  return x
