@@ -1,4 +1,4 @@
-"""Finds the packages: the top-level folders are shipped as attnzoo.<folder>. Rest: pyproject.toml."""
+"""Finds the packages: each top-level folder is shipped as attnzoo.<folder>. See pyproject.toml."""
 
 from setuptools import find_namespace_packages, setup
 

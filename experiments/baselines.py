@@ -146,20 +146,19 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.nda
   return np.where(keys[at] == wanted, values[at], 0)
 
 
-_PATH = flags.DEFINE_string("path", "", "text file or folder; empty = the standard library")
-_ORDERS = flags.DEFINE_list("orders", ["2", "3"], "orders of the n-gram models")
-_AFTER_TRAIN = flags.DEFINE_bool("xz_after_train", False, "also xz with the training text before")
-
-
 def main(_) -> None:
+  options = flags.FLAGS
   try:
-    config = DataConfig(path=_PATH.value)
+    config = DataConfig(path=options.path)
     train, validation = read_text(config, "train"), read_text(config, "validation")
   except DataError as error:
-    raise app.UsageError(str(error)) from error
-  orders = [int(order) for order in _ORDERS.value]
-  print_baselines(train, validation, orders=orders, xz_after_train=_AFTER_TRAIN.value)
+    raise SystemExit(f"error: {error}") from error
+  orders = [int(order) for order in options.orders]
+  print_baselines(train, validation, orders=orders, xz_after_train=options.xz_after_train)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags are global: none are defined for those who import the functions
+  flags.DEFINE_string("path", "", "text file or folder; empty = the standard library")
+  flags.DEFINE_list("orders", ["2", "3"], "orders of the n-gram models")
+  flags.DEFINE_bool("xz_after_train", False, "also xz with the training text before it")
   app.run(main)

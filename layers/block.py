@@ -17,10 +17,10 @@ class Block(nnx.Module):
 
   def __init__(
     self,
-    mixer: nnx.Module,
-    feed_forward: nnx.Module,
-    mixer_norm: nnx.Module,
-    feed_forward_norm: nnx.Module,
+    mixer: Any,  # a token mixer: call, init_state, step
+    feed_forward: Any,
+    mixer_norm: Any,
+    feed_forward_norm: Any,
   ):
     self.mixer = mixer
     self.feed_forward = feed_forward

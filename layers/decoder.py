@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .block import Block
@@ -45,8 +46,8 @@ class DecoderLM(nnx.Module):
     init_stddev: float = 0.02,
     remat: str = "none",
     loss_chunk: int = 256,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     if remat not in REMAT_POLICIES:
@@ -111,7 +112,7 @@ class DecoderLM(nnx.Module):
   ) -> tuple[Float[Array, "B T V"], DecoderState]:
     """(float32 logits, state after the last token); options are those of `hidden`."""
     x, state = self.hidden(tokens, **options)
-    return self._logits(x), state
+    return self.logits(x), state
 
   def loss(
     self,
@@ -139,7 +140,7 @@ class DecoderLM(nnx.Module):
 
       x, group_state = jax.lax.scan(layer, x, (variables, group_state))
       new_states.append(group_state)
-    return self._logits(self.final_norm(x)), DecoderState(tuple(new_states))
+    return self.logits(self.final_norm(x)), DecoderState(tuple(new_states))
 
   def _embed(self, tokens):
     x = self.embedding[...][tokens].astype(self.dtype)  # [B, T, D] or [B, D]
@@ -155,7 +156,8 @@ class DecoderLM(nnx.Module):
   def _head(self):
     return (self.embedding if self.head is None else self.head)[...]
 
-  def _logits(self, x):
+  def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """float32 logits of activations after the final norm."""
     head = self._head().astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .activations import activation
@@ -23,8 +24,8 @@ class GatedLinearUnit(nnx.Module):
     activation: str = "identity",
     use_bias: bool = False,
     init: nnx.Initializer,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.activation = activation

@@ -6,6 +6,7 @@ Meshes have some of the axes "data" (batch, and parameters in the FSDP manner), 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,7 +21,7 @@ PARAMETER_RULES = {"embed": "data", "heads": "model", "mlp": "model", "vocab": "
 ACTIVATION_RULES = {"batch": "data", "length": "seq", "heads": "model", "mlp": "model"}
 
 
-def logical(*axes: str | None) -> dict[str, tuple[str | None, ...]]:
+def logical(*axes: str | None) -> dict[str, Any]:
   """Metadata for a variable: `nnx.Param(value, **logical("embed", "mlp"))`."""
   return {"logical_axes": axes}
 
@@ -34,7 +35,7 @@ def parameter_spec(
   names = (None,) * (len(shape) - len(names)) + tuple(names)  # stacked layers come first
   spec, used = [], set()
   for size, name in zip(shape, names, strict=True):
-    axis = rules.get(name)
+    axis = rules.get(name) if name else None
     if axis not in mesh.shape or axis in used or size % mesh.shape[axis]:
       axis = None
     used.add(axis)
@@ -67,6 +68,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x
   spec = []
   for size, name in zip(x.shape, axes, strict=True):
-    axis = ACTIVATION_RULES.get(name)
+    axis = ACTIVATION_RULES.get(name) if name else None
     spec.append(axis if axis in mesh_axes and size % mesh_axes[axis] == 0 else None)
   return jax.lax.with_sharding_constraint(x, P(*spec))

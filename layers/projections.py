@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .partitioning import logical
@@ -23,8 +24,8 @@ class HeadsIn(nnx.Module):
     parts: int,
     use_bias: bool,
     init: nnx.Initializer,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
@@ -55,8 +56,8 @@ class HeadsOut(nnx.Module):
     *,
     use_bias: bool,
     init: nnx.Initializer,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.dtype = dtype
@@ -78,8 +79,8 @@ def dense(
   *,
   use_bias: bool,
   init: nnx.Initializer,
-  dtype: jnp.dtype,
-  param_dtype: jnp.dtype,
+  dtype: DTypeLike,
+  param_dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
   """`nnx.Linear` with the logical names of its kernel's axes."""

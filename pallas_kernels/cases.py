@@ -6,6 +6,7 @@ Each operator folder has a `cases.py` with `CASES` (a tuple of `Case`), `make_in
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 # ci: small, run against the oracle; bench: timed; aot: compiled for accelerators that are not here.
 TAGS = ("ci", "bench", "aot")
@@ -18,7 +19,7 @@ class Case:
   name: str
   tags: tuple[str, ...]
   sizes: Mapping[str, int]
-  options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if unknown := set(self.tags) - set(TAGS):

@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("experiments", "layers", "pallas_kernels", "zoo")
 # What `import attnzoo.layers` must not load: optional packages, and Pallas, which takes a second.
 LATE = (
-  "grain jax.experimental.pallas jax_triton matplotlib optax orbax safetensors tensorboardX"
-  " tokenizers torch triton"
+  "grain jax.experimental.pallas jax_triton matplotlib safetensors tensorboardX tokenizers torch"
+  " tqdm triton"
 ).split()
 
 

@@ -46,22 +46,22 @@ def folder_of(path: pathlib.Path) -> str:
 
 
 def imports(path: pathlib.Path):
-  """(line, level, module, absolute dotted names) of each import of a file, nested ones too."""
+  """(line, level, absolute dotted names) of each import of a file, nested ones too."""
   parts = ("attnzoo", *path.relative_to(ROOT).with_suffix("").parts)
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
-      yield node.lineno, 0, None, [alias.name for alias in node.names]
+      yield node.lineno, 0, [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       start = ".".join(parts[: -node.level] if node.level else ())
       base = ".".join(filter(None, (start, node.module)))
       names = [f"{base}.{alias.name}" for alias in node.names]
-      yield node.lineno, node.level, node.module, names
+      yield node.lineno, node.level, names
 
 
 def import_faults(path: pathlib.Path) -> list[str]:
   folder, faults = folder_of(path), []
   inside = LAYERING.index(folder) if folder in LAYERING else len(LAYERING)
-  for line, level, _, names in imports(path):
+  for line, level, names in imports(path):
     for name in names:
       first, _, rest = name.partition(".")
       target = rest.partition(".")[0]
@@ -84,7 +84,8 @@ def import_faults(path: pathlib.Path) -> list[str]:
 def test_imports_go_one_way():
   found = [relative(path) for path in SOURCES]
   assert any(name.startswith("pallas_kernels/") for name in found), "the listing is broken"
-  assert not list(itertools.chain.from_iterable(map(import_faults, SOURCES)))
+  faults = list(itertools.chain.from_iterable(map(import_faults, SOURCES)))
+  assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,8 @@ def size_faults(path: pathlib.Path) -> list[str]:
 
 
 def test_files_and_functions_are_short():
-  assert not list(itertools.chain.from_iterable(map(size_faults, SOURCES)))
+  faults = list(itertools.chain.from_iterable(map(size_faults, SOURCES)))
+  assert not faults, "\n".join(faults)
 
 
 def test_long_ones_are_found(tmp_path, monkeypatch):
@@ -169,7 +171,7 @@ def test_no_machine_and_no_host():
     for number, line in enumerate(text.splitlines(), 1):
       if pattern.search(line):
         faults.append(f"{relative(path)}:{number} {line.strip()}")
-  assert not faults
+  assert not faults, "\n".join(faults)
 
 
 def test_folders_are_no_top_level_modules():

@@ -35,17 +35,22 @@ def get_config(name: str, **overrides):
   raise ValueError(_unknown("get_config", "model", name, list_models()))
 
 
-def module_of(config) -> ModuleType:
-  """The zoo module that a configuration belongs to."""
+def family_of(config) -> str:
+  """Name of the zoo module that a configuration belongs to, such as "transnormer"."""
   for module in MODULES:
-    if any(type(config) is type(preset) for preset in module.PRESETS.values()):
-      return module
-  raise TypeError(f"build: config must be a configuration of the zoo; got {type(config).__name__}")
+    if isinstance(config, _class_of(module)):
+      return module.__name__.rpartition(".")[2]
+  raise TypeError(f"zoo: config must be a configuration of the zoo; got {type(config).__name__}")
+
+
+def config_class(family: str) -> type:
+  """The configuration class of a family."""
+  return _class_of(_module(family))
 
 
 def build(config, rngs: nnx.Rngs) -> DecoderLM:
   """The model of a configuration, with fresh weights."""
-  return module_of(config).build(config, rngs)
+  return _module(family_of(config)).build(config, rngs)
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
@@ -53,7 +58,27 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
   return build(get_config(name, **overrides), rngs)
 
 
-def _unknown(function: str, what: str, got: str, known: list[str]) -> str:
+def parameter_count(config) -> int:
+  """Number of trained weights, from the configuration alone."""
+  return _module(family_of(config)).parameter_count(config)
+
+
+def nearest(got: str, known: list[str]) -> str:
+  """`did you mean 'x'?`, or the list of all names where none is near."""
   near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
-  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-  return f"{function}: name must be a known {what}; got {got!r} ({hint})"
+  return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _module(family: str) -> ModuleType:
+  modules = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+  if family not in modules:
+    raise ValueError(_unknown("zoo", "family", family, list(modules)))
+  return modules[family]
+
+
+def _class_of(module: ModuleType) -> type:
+  return type(next(iter(module.PRESETS.values())))
+
+
+def _unknown(function: str, what: str, got: str, known: list[str]) -> str:
+  return f"{function}: name must be a known {what}; got {got!r} ({nearest(got, known)})"

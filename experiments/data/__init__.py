@@ -1,10 +1,10 @@
 """Text for the experiments: sources, tokenizers and batches. See `DataConfig` for the options."""
 
-from .config import SOURCES, DataConfig
-from .corpus import Corpus, TokenSplit, load_corpus, read_text
-from .errors import DataError
-from .pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
-from .tokenizers import (
+from attnzoo.experiments.data.config import SOURCES, DataConfig
+from attnzoo.experiments.data.corpus import Corpus, TokenSplit, load_corpus, read_text
+from attnzoo.experiments.data.errors import DataError
+from attnzoo.experiments.data.pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
+from attnzoo.experiments.data.tokenizers import (
   ByteTokenizer,
   Decoder,
   JsonTokenizer,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .errors import refuse, suggest
+from attnzoo.experiments.data.errors import refuse, suggest
 
 SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface")
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import DataConfig
-from .documents import Source, digest
-from .errors import refuse
-from .formats import TokenSource
-from .sources import open_source
-from .tokenizers import Tokenizer, load_tokenizer
+from attnzoo.experiments.data.config import DataConfig
+from attnzoo.experiments.data.documents import Source, digest
+from attnzoo.experiments.data.errors import refuse
+from attnzoo.experiments.data.formats import TokenSource
+from attnzoo.experiments.data.sources import open_source
+from attnzoo.experiments.data.tokenizers import Tokenizer, load_tokenizer
 
 _LAYOUT = 1  # raise it when the stored form changes
 # Turning bytes into ids costs less than reading a cache, so small byte corpora have none.
@@ -221,7 +221,7 @@ def _map_split(entry: Path, name: str, meta: Mapping[str, int], tokenizer: Token
     size = (entry / file).stat().st_size if (entry / file).is_file() else -1
     if size != meta["tokens"] * dtype.itemsize:
       raise refuse("cache", f"hold {meta['tokens']} entries in {file}", f"{size} bytes in {entry}",
-                   "delete that folder to have it written again")  # fmt: skip
+                   "delete that folder, it is written again")  # fmt: skip
   maps = [np.memmap(entry / file, dtype, mode="r") for file, dtype in files.items()]
   measured = maps[1] if len(maps) == 2 else None
   return TokenSplit(maps[0], measured, meta["documents"], meta["text_bytes"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import refuse
+from attnzoo.experiments.data.errors import refuse
 
 TEXT_SUFFIXES = tuple(
   ".txt .md .rst .py .tex .html .htm .xml .csv .json .c .h .cc .cpp .hpp .java .js .ts .go .rs .sh"

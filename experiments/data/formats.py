@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from .config import DataConfig
-from .documents import Source, digest, existing, file_digest, place, threshold
-from .errors import refuse
+from attnzoo.experiments.data.config import DataConfig
+from attnzoo.experiments.data.documents import (
+  Source,
+  digest,
+  existing,
+  file_digest,
+  place,
+  threshold,
+)
+from attnzoo.experiments.data.errors import refuse
 
 _SCAN = 1 << 24  # token ids checked at a time
 

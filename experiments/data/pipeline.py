@@ -14,15 +14,16 @@ first token of a document is predicted from the end id. All training windows the
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from .config import DataConfig
-from .corpus import Corpus, TokenSplit
-from .errors import refuse
+from attnzoo.experiments.data.config import DataConfig
+from attnzoo.experiments.data.corpus import Corpus, TokenSplit
+from attnzoo.experiments.data.errors import refuse
 
 Batch = dict[str, np.ndarray]
 
@@ -31,9 +32,10 @@ class TrainBatches:
   """Endless iterator of training batches with a position that can be saved and restored.
 
   Each epoch cuts the stream at a new random offset into windows of `sequence_length` + 1 tokens
-  that overlap by one, and visits them in a new random order. Both depend on `seed` and the epoch
-  only. Global batch number n has the same rows whatever the number of hosts and of workers; host p
-  of P holds rows p, p + P, ... of it.
+  that overlap by one, and visits them in a new random order; fewer than two windows' worth of
+  tokens at the ends of the stream are left out, others in each epoch. All this depends on `seed`
+  and the epoch only. Global batch number n has the same rows whatever the number of hosts and of
+  workers; each host holds a block of them, in the order of `process_index`.
   """
 
   def __init__(
@@ -50,23 +52,26 @@ class TrainBatches:
     )
     import grain
 
-    cut = functools.partial(
-      _train_row,
-      corpus.train.tokens,
-      windows=windows,
-      offset=functools.lru_cache(4)(functools.partial(_epoch_offset, config.seed, slack)),
-      length=config.sequence_length,
-      end_id=corpus.end_id,
-    )
     order = grain.MapDataset.range(windows).seed(config.seed).shuffle().repeat()
-    rows_of_host = order.map_with_index(cut)[process_index::process_count]
+    first_offset = functools.lru_cache(4)(functools.partial(_epoch_offset, config.seed, slack))
+
+    def assemble(step: int) -> Batch:
+      start = step * config.batch_size + rows * process_index
+      starts = [
+        first_offset(i // windows) + int(order[i]) * config.sequence_length
+        for i in range(start, start + rows)
+      ]
+      tokens = corpus.train.tokens
+      return _stack([_row(tokens[at : at + config.sequence_length + 1], corpus.end_id)
+                     for at in starts])  # fmt: skip
+
     # Threads, not processes: the arrays are shared, and the position stays one number that does
     # not depend on how many work ahead of it.
     options = grain.ReadOptions(
       num_threads=config.workers, prefetch_buffer_size=max(config.prefetch, config.workers)
     )
-    batches = rows_of_host.batch(rows, drop_remainder=True)
-    self._batches = iter(batches.to_iter_dataset(options))
+    steps = grain.MapDataset.range(sys.maxsize // config.batch_size)
+    self._batches = iter(steps.map(assemble).to_iter_dataset(options))
 
   def __iter__(self) -> Iterator[Batch]:
     return self
@@ -112,8 +117,8 @@ class EvaluationBatches:
 
   Rows start with an empty state. `overlap` tokens at the start of each row but the first repeat
   the end of the row before with weight 0, which gives the targets at least that much context.
-  The last batch is filled up with rows of weight 0. Host p of P holds a block of the rows of each
-  batch, and all hosts have equally many batches. Can be iterated any number of times.
+  What is left of the last batch is padding. Hosts hold blocks of rows as in training, and
+  equally many batches. Can be iterated any number of times.
 
   Attributes:
     targets: targets that count, over all hosts.
@@ -157,8 +162,7 @@ class EvaluationBatches:
   def __iter__(self) -> Iterator[Batch]:
     for batch in range(len(self)):
       first = batch * self._batch_size + self._first_row
-      rows = [self._row(first + i) for i in range(self._host_rows)]
-      yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+      yield _stack([self._row(first + i) for i in range(self._host_rows)])
 
   def _row(self, number: int) -> Batch:
     start = number * (self._length - self._overlap)
@@ -166,11 +170,10 @@ class EvaluationBatches:
     filled = max(0, len(ids) - 1)  # positions with a target
     if number and filled <= self._overlap:  # nothing new: behind the last target
       filled = 0
-    row = _row(ids[: filled + 1], self._end_id) if filled else None
     padded = _padding(self._length)
-    for name, values in padded.items():
-      if row is not None:
-        values[:filled] = row[name]
+    if filled:
+      for name, values in _row(ids, self._end_id).items():
+        padded[name][:filled] = values
     padded["weights"][: self._overlap if number else 0] = 0
     return padded
 
@@ -202,12 +205,6 @@ def _epoch_offset(seed: int, slack: int, epoch: int) -> int:
   return int(np.random.default_rng([seed, epoch]).integers(slack + 1))
 
 
-def _train_row(tokens, index: int, window: int, *, windows, offset, length, end_id) -> Batch:
-  """Row number `index` of the endless order, which is window number `window` of its epoch."""
-  start = offset(index // windows) + int(window) * length
-  return _row(tokens[start : start + length + 1], end_id)
-
-
 def _row(ids: Int[np.ndarray, "n"], end_id: int | None) -> Batch:
   """Inputs, targets, weights and segments of n tokens: arrays [n - 1]."""
   ids = np.asarray(ids).astype(np.int32)
@@ -218,6 +215,10 @@ def _row(ids: Int[np.ndarray, "n"], end_id: int | None) -> Batch:
     segments += 1 - segments[0]  # the row may start inside a document
   weights = np.ones(len(tokens), np.float32)
   return dict(tokens=tokens, targets=targets, weights=weights, segment_ids=segments)
+
+
+def _stack(rows: list[Batch]) -> Batch:
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _padding(length: int) -> Batch:

@@ -6,9 +6,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import formats
-from .config import DataConfig
-from .documents import (
+from attnzoo.experiments.data import formats
+from attnzoo.experiments.data.config import DataConfig
+from attnzoo.experiments.data.documents import (
   TEXT_SUFFIXES,
   Source,
   digest,
@@ -18,7 +18,7 @@ from .documents import (
   source_of_files,
   threshold,
 )
-from .errors import refuse
+from attnzoo.experiments.data.errors import refuse
 
 # Tests are left out because they are data more than code, the rest because it differs between
 # installations of the same Python.

@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from .documents import existing
-from .errors import refuse
+from attnzoo.experiments.data.documents import existing
+from attnzoo.experiments.data.errors import refuse
 
 _BYTES_END = 256
 # Documents longer than this are encoded in pieces that end after a line break.
 _PIECE_BYTES = 1 << 16
-_BATCH_BYTES = 1 << 22
+_BATCH_BYTES = 1 << 20
 # Undecodable tokens held back while a character may still become complete; then printed as U+FFFD.
 _MOST_PENDING = 8
 _END_TOKENS = (

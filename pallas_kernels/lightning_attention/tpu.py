@@ -135,8 +135,8 @@ def _split_refs(plan, refs, tensors):
 def _forward_kernel(*refs, plan: Plan, save_states: bool):
   """Blocks: q, k [R, K], v [R, V], state [K, V]; out: o [R, V], state, maybe states [U, K, V]."""
   scalars, (q_ref, k_ref, v_ref, initial_ref), ends_ref, rest = _split_refs(plan, refs, 4)
-  o_ref, state_ref, *states_ref = rest[:-3]
-  decay = rest[-3:]
+  o_ref, state_ref, *states_ref = rest[:-5]
+  decay = rest[-5:-2]
   step, log_decay = pl.program_id(2), scalars.log_decay[pl.program_id(1)]
 
   @pl.when(step == 0)
@@ -144,24 +144,44 @@ def _forward_kernel(*refs, plan: Plan, save_states: bool):
     _fill_decay(plan, log_decay, decay)
     state_ref[...] = initial_ref[...]  # the output block stays in VMEM until the head is done
 
-  for part in range(plan.unroll):
-    ends = None if ends_ref is None else ends_ref[pl.ds(part, 1), :]
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, ends)
-    q, k, v = (_rows(ref, part, w) for ref in (q_ref, k_ref, v_ref))
-    state = state_ref[...].astype(plan.dtype)
-    if save_states:
-      states_ref[0][part] = state
-    scores = dot_f32(q, k, NT) * w.mask  # [C, C]
-    output = dot_f32(scores.astype(v.dtype), v, NN) + w.up[:, : plan.value_dim] * dot_f32(q, state, NN)
-    o_ref[pl.ds(part * plan.chunk, plan.chunk), :] = output.astype(o_ref.dtype)
+  X=__import__("os").environ.get("X","")
+  st=states_ref[0] if save_states else rest[-1]
+  def ph1(part):
+    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+    k, v = (_rows(ref, part, w) for ref in (k_ref, v_ref))
+    st[part] = state_ref[...].astype(plan.dtype)
     state_ref[...] = w.carry * state_ref[...] + dot_f32((w.down[:, : plan.key_dim] * k).astype(k.dtype), v, TN)
+  def ph2(part):
+    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+    q, k, v = (_rows(ref, part, w) for ref in (q_ref, k_ref, v_ref))
+    scores = dot_f32(q, k, NT) * w.mask
+    if "av" in X:
+      here=pl.ds(part * plan.chunk, plan.chunk); acc=rest[-2]
+      acc[here,:]=dot_f32(scores.astype(v.dtype), v, NN)
+      output = acc[here,:]+ w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
+    elif "sel" in X:
+      output = jnp.where(_iota((1,128),1)>=0,dot_f32(scores.astype(v.dtype), v, NN),0.) + w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
+    else:
+      output = dot_f32(scores.astype(v.dtype), v, NN) + w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
+    o_ref[pl.ds(part * plan.chunk, plan.chunk), :] = output.astype(o_ref.dtype)
+  if "loop" in X:
+    pass
+  for part in range(plan.unroll): ph1(part)
+  G=int(__import__("os").environ.get("G","0"))
+  if not G:
+    for part in range(plan.unroll): ph2(part)
+  else:
+    for g in range(0,plan.unroll,G):
+      @pl.when(step >= g-100)
+      def _():
+        for part in range(g,g+G): ph2(part)
 
 
 def _backward_kernel(*refs, plan: Plan):
   """Blocks: q, k, v, dO, d_final, states; out: dq, dk, dv, d_initial. Steps run from the last one."""
   scalars, blocks, ends_ref, rest = _split_refs(plan, refs, 6)
   *rows_refs, d_final_ref, states_ref = blocks
-  dq_ref, dk_ref, dv_ref, d_state_ref, *decay = rest
+  dq_ref, dk_ref, dv_ref, d_state_ref, *decay, kv, sc = rest
   turn, log_decay = pl.program_id(2), scalars.log_decay[pl.program_id(1)]
   step = plan.steps - 1 - turn
 
@@ -171,21 +191,41 @@ def _backward_kernel(*refs, plan: Plan):
     d_state_ref[...] = d_final_ref[...]
 
   kd, vd = plan.key_dim, plan.value_dim
+  X=__import__("os").environ.get("X","")
+  st, acc = sc, kv
   for part in reversed(range(plan.unroll)):
-    ends = None if ends_ref is None else ends_ref[pl.ds(part, 1), :]
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, ends)
-    q, k, v, do = (_rows(ref, part, w) for ref in rows_refs)
-    d_state = d_state_ref[...].astype(plan.dtype)
-    d_scores = (dot_f32(do, v, NT) * w.mask).astype(q.dtype)  # [C, C]
-    scores = (dot_f32(q, k, NT) * w.mask).astype(do.dtype)
-    dq = dot_f32(d_scores, k, NN) + w.up[:, :kd] * dot_f32(do, states_ref[part], NT)
-    dk = dot_f32(d_scores, q, TN) + w.down[:, :kd] * dot_f32(v, d_state, NT)
-    dv = dot_f32(scores, do, TN) + w.down[:, :vd] * dot_f32(k, d_state, NN)
-    here = pl.ds(part * plan.chunk, plan.chunk)
-    dq_ref[here, :] = dq.astype(dq_ref.dtype)
-    dk_ref[here, :] = dk.astype(dk_ref.dtype)
-    dv_ref[here, :] = dv.astype(dv_ref.dtype)
+    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+    q, do = (_rows(ref, part, w) for ref in (rows_refs[0], rows_refs[3]))
+    st[part] = d_state_ref[...].astype(plan.dtype)
     d_state_ref[...] = w.carry * d_state_ref[...] + dot_f32((w.up[:, :kd] * q).astype(q.dtype), do, TN)
+  for part in (range(plan.unroll)):
+    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+    q, k, v, do = (_rows(ref, part, w) for ref in rows_refs)
+    d_state = st[part]
+    here = pl.ds(part * plan.chunk, plan.chunk)
+    def add(a, b):
+      if "av" not in X: return a+b
+      acc[here,:]=a
+      return acc[here,:]+b
+    if "seq" in X:
+      d_scores = (dot_f32(do, v, NT) * w.mask).astype(q.dtype)  # [C, C]
+      dq_ref[here, :] = add(dot_f32(d_scores, k, NN) , w.up[:, :kd] * dot_f32(do, states_ref[part], NT)).astype(dq_ref.dtype)
+      dk_ref[here, :] = add(dot_f32(d_scores, q, TN) , w.down[:, :kd] * dot_f32(v, d_state, NT)).astype(dk_ref.dtype)
+      if "T" in X:
+        scores = (dot_f32(k, q, NT) * decay[3][...]).astype(do.dtype)
+        dv_ref[here, :] = add(dot_f32(scores, do, NN) , w.down[:, :vd] * dot_f32(k, d_state, NN)).astype(dv_ref.dtype)
+      else:
+        scores = (dot_f32(q, k, NT) * w.mask).astype(do.dtype)
+        dv_ref[here, :] = add(dot_f32(scores, do, TN) , w.down[:, :vd] * dot_f32(k, d_state, NN)).astype(dv_ref.dtype)
+    else:
+      d_scores = (dot_f32(do, v, NT) * w.mask).astype(q.dtype)  # [C, C]
+      scores = (dot_f32(q, k, NT) * w.mask).astype(do.dtype)
+      dq = add(dot_f32(d_scores, k, NN) , w.up[:, :kd] * dot_f32(do, states_ref[part], NT))
+      dk = add(dot_f32(d_scores, q, TN) , w.down[:, :kd] * dot_f32(v, d_state, NT))
+      dv = add(dot_f32(scores, do, TN) , w.down[:, :vd] * dot_f32(k, d_state, NN))
+      dq_ref[here, :] = dq.astype(dq_ref.dtype)
+      dk_ref[here, :] = dk.astype(dk_ref.dtype)
+      dv_ref[here, :] = dv.astype(dv_ref.dtype)
 
 
 def forward(plan: Plan, scalars, documents, query, key, value, initial_state, save_states: bool):
@@ -278,7 +318,7 @@ def _call(kernel, name, plan, scalars, operands, inputs, outputs, flops, reverse
       scratch_shapes=_decay_scratch(plan),
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      dimension_semantics=("parallel", "parallel", "arbitrary"),fuse_transposed_lhs_in_matmul=bool(int(__import__("os").environ.get("FT","0"))),disable_bounds_checks=bool(int(__import__("os").environ.get("DB","0"))),
     ),
     cost_estimate=pl.CostEstimate(
       flops=flops,
@@ -294,7 +334,7 @@ def _decay_scratch(plan):
   """mask [C, C], up [C, D] and down [C, D] (twice as many rows if padded), equal along D."""
   chunk, dim = plan.chunk, max(plan.key_dim, plan.value_dim)
   shapes = (chunk, chunk), (chunk, dim), (2 * chunk if plan.padded else chunk, dim)
-  return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+  return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]+[pltpu.VMEM((plan.rows,128),jnp.float32)]+[pltpu.VMEM((2,chunk,chunk),plan.dtype) if 0 else pltpu.VMEM((plan.unroll,plan.key_dim,plan.value_dim),plan.dtype)]
 
 
 def kernel_shape(batch: int, length: int, heads: int, dim: int) -> tuple[int, ...]:

@@ -52,10 +52,14 @@ def _sweep(
   lengths,  # [B], read where LENGTHS
   start_state,  # [B, H, DIM, WIDTH] by the strides below, read where OUTPUT
   sums,  # [PIECES - 1, B, H, DIM, WIDTH] likewise: what each piece adds to a state that was 0
-  end_state,  # [B, H, DIM, WIDTH] likewise, written by the last piece where END
+  end_state,  # [B, H, DIM, WIDTH] likewise, written by the piece swept last
   head_index,  # of B * H
   piece,
   tile,
+  reverse,  # sweeps from the end of the sequence
+  store_end,  # whether `end_state` is wanted
+  state_row,  # strides of the states
+  state_column,
   HEADS_ALL: tl.constexpr,  # B * H
   T: tl.constexpr,
   H: tl.constexpr,
@@ -63,14 +67,10 @@ def _sweep(
   WIDTH: tl.constexpr,
   DIM_BLOCK: tl.constexpr,
   WIDTH_BLOCK: tl.constexpr,
-  STATE_ROW: tl.constexpr,  # strides of the states
-  STATE_COLUMN: tl.constexpr,
   CHUNK: tl.constexpr,
   PIECE: tl.constexpr,  # tokens of a piece, a multiple of CHUNK
   PIECES: tl.constexpr,
-  REVERSE: tl.constexpr,
   OUTPUT: tl.constexpr,
-  END: tl.constexpr,
   SEGMENTS: tl.constexpr,
   LENGTHS: tl.constexpr,
   PRECISION: tl.constexpr,
@@ -90,35 +90,35 @@ def _sweep(
   key_base = (batch * T * H + head) * DIM
   value_base = (batch * T * H + head) * WIDTH
   state_mask = (dims[:, None] < DIM) & (columns[None, :] < WIDTH)
-  state_tile = dims[:, None] * STATE_ROW + columns[None, :] * STATE_COLUMN
+  state_tile = dims[:, None] * state_row + columns[None, :] * state_column
   state_base = head_index.to(tl.int64) * (DIM * WIDTH)
   sums_stride = tl.full((), HEADS_ALL * DIM * WIDTH, tl.int64)
-  SHIFT: tl.constexpr = 1 if REVERSE else 0  # the piece that is swept last has no sum
+  shift = tl.where(reverse, 1, 0)  # the piece that is swept last has no sum
 
   state = tl.zeros((DIM_BLOCK, WIDTH_BLOCK), tl.float32)
   if OUTPUT:
     state = tl.load(start_state + state_base + state_tile, mask=state_mask, other=0.0)
     if PIECES > 1:
-      for step in range(PIECES - 1 - piece if REVERSE else piece):
-        other = PIECES - 1 - step if REVERSE else step
+      for step in range(tl.where(reverse, PIECES - 1 - piece, piece)):
+        other = tl.where(reverse, PIECES - 1 - step, step)
         count = tl.minimum(tl.maximum(length - other * PIECE, 0), PIECE)
         carry = tl.exp(rate * count)
         if SEGMENTS:
           before = _segment_before(segments, other * PIECE, length)
           after = _segment_before(segments, (other + 1) * PIECE, length)
           carry = tl.where(before == after, carry, 0.0)
-        added = sums + (other - SHIFT) * sums_stride + state_base + state_tile
+        added = sums + (other - shift) * sums_stride + state_base + state_tile
         state = state * carry + tl.load(added, mask=state_mask, other=0.0)
 
   ALIGNED: tl.constexpr = (T % CHUNK == 0) and not LENGTHS
   DIMS_FULL: tl.constexpr = DIM == DIM_BLOCK
   WIDTH_FULL: tl.constexpr = WIDTH % WIDTH_BLOCK == 0
-  distance = rows[None, :] - rows[:, None] if REVERSE else rows[:, None] - rows[None, :]
+  distance = (rows[:, None] - rows[None, :]) * tl.where(reverse, -1, 1)
   causal = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)  # [C, C]
   piece_start = piece * PIECE
   chunks = (tl.minimum(PIECE, T - piece_start) + CHUNK - 1) // CHUNK
   for step in range(chunks):
-    start = piece_start + (chunks - 1 - step if REVERSE else step) * CHUNK
+    start = piece_start + tl.where(reverse, chunks - 1 - step, step) * CHUNK
     count = CHUNK
     if not ALIGNED:
       count = tl.minimum(tl.maximum(length - start, 0), CHUNK)
@@ -135,9 +135,8 @@ def _sweep(
       down = tl.where(here == after, down, 0.0)
       carry = tl.where(before == after, carry, 0.0)
       weights = tl.where(here[:, None] == here[None, :], causal, 0.0)
-    leave, enter = up, down
-    if REVERSE:
-      leave, enter = down, up
+    leave = tl.where(reverse, down, up)
+    enter = tl.where(reverse, up, down)
 
     offset = start.to(tl.int64) * H
     k = _load_tile(key + key_base + offset * DIM, rows, dims, H * DIM, count, DIM, ALIGNED, DIMS_FULL)  # fmt: skip
@@ -159,97 +158,133 @@ def _sweep(
     state = tl.dot(tl.trans(k), entering, state * carry, input_precision=PRECISION)
 
   if not OUTPUT:
-    added = sums + (piece - SHIFT) * sums_stride + state_base + state_tile
+    added = sums + (piece - shift) * sums_stride + state_base + state_tile
     tl.store(added, state, mask=state_mask)
-  if END:
-    if piece == (0 if REVERSE else PIECES - 1):
+  if OUTPUT:
+    if piece == tl.where(reverse, 0, PIECES - 1) and store_end:
       tl.store(end_state + state_base + state_tile, state, mask=state_mask)
 
 
 @triton.jit
 def sums_kernel(
   key, value, log_decay, segments, lengths, sums,
-  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-  KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
-  PIECES: tl.constexpr, REVERSE: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
-  PRECISION: tl.constexpr,
+  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr,
+  WIDTH: tl.constexpr, DIM_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+  PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
+  PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-  """What every piece but the last swept adds to the state: grid (value tiles * B H * (PIECES - 1),)."""
-  TILES: tl.constexpr = (V + VALUE_BLOCK - 1) // VALUE_BLOCK
+  """What every piece but the last swept adds to a state: grid (value tiles * B H * (PIECES - 1),)."""
+  TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
   program = tl.program_id(0)
   rest = program // TILES
-  piece = rest // HEADS_ALL + (1 if REVERSE else 0)
   _sweep(
     key, key, value, value, log_decay, segments, lengths, sums, sums, sums,
-    rest % HEADS_ALL, piece, program % TILES,
-    HEADS_ALL, T, H, K, V, KEY_BLOCK, VALUE_BLOCK, V, 1, CHUNK, PIECE, PIECES,
-    REVERSE, False, False, SEGMENTS, LENGTHS, PRECISION,
+    rest % HEADS_ALL, rest // HEADS_ALL + (1 if REVERSE else 0), program % TILES,
+    REVERSE, False, WIDTH, 1,
+    HEADS_ALL, T, H, DIM, WIDTH, DIM_BLOCK, WIDTH_BLOCK, CHUNK, PIECE, PIECES,
+    False, SEGMENTS, LENGTHS, PRECISION,
   )  # fmt: skip
 
 
 @triton.jit
 def forward_kernel(
   query, key, value, log_decay, segments, lengths, initial_state, sums, output, final_state,
-  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-  KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
-  PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr,
+  WIDTH: tl.constexpr, DIM_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+  PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):  # fmt: skip
   """Output and final state: grid (value tiles * B H * PIECES,).
 
   Tiles of one head are neighbours in the grid, so that all but one read its q and k from L2.
   """
-  TILES: tl.constexpr = (V + VALUE_BLOCK - 1) // VALUE_BLOCK
+  TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
   program = tl.program_id(0)
   rest = program // TILES
   _sweep(
     query, key, value, output, log_decay, segments, lengths, initial_state, sums, final_state,
-    rest % HEADS_ALL, rest // HEADS_ALL, program % TILES,
-    HEADS_ALL, T, H, K, V, KEY_BLOCK, VALUE_BLOCK, V, 1, CHUNK, PIECE, PIECES,
-    False, True, True, SEGMENTS, LENGTHS, PRECISION,
+    rest % HEADS_ALL, rest // HEADS_ALL, program % TILES, False, True, WIDTH, 1,
+    HEADS_ALL, T, H, DIM, WIDTH, DIM_BLOCK, WIDTH_BLOCK, CHUNK, PIECE, PIECES,
+    True, SEGMENTS, LENGTHS, PRECISION,
   )  # fmt: skip
 
 
 @triton.jit
-def backward_kernel(
+def gradients_kernel(
   query, key, value, log_decay, segments, lengths, initial_state, sums, d_output, d_final_state,
-  d_sums, d_query, d_key, d_value, d_initial_state,
-  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-  KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,  # contracted axes, whole
-  KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,  # columns of one program
-  CHUNK: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
-  SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+  d_sums, d_value, d_initial_state, d_key, d_query,
+  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr,
+  WIDTH: tl.constexpr, DIM_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+  PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):  # fmt: skip
-  """All gradients in one launch: grid ((2 key tiles + value tiles) * B H * PIECES,).
+  """All gradients where K = V: grid (3 * value tiles * B H * PIECES,).
 
-  A head's programs for dk, dv and dq are neighbours in the grid: dk and dv read the same four
-  arrays in the same order at the same time, from L2 but for the first, and three times as many
-  programs as one gradient has fill the GPU.
+  The three programs of a tile are neighbours in the grid: those of dk and dv read the same four
+  arrays in the same order at the same time, from L2 but for the first, and there are three times
+  as many programs as one gradient has to fill the GPU.
   """
-  KEY_TILES: tl.constexpr = (K + KEY_TILE - 1) // KEY_TILE
-  VALUE_TILES: tl.constexpr = (V + VALUE_TILE - 1) // VALUE_TILE
+  TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
   program = tl.program_id(0)
-  tile = program % (2 * KEY_TILES + VALUE_TILES)
-  rest = program // (2 * KEY_TILES + VALUE_TILES)
-  head_index = rest % HEADS_ALL
-  piece = rest // HEADS_ALL
-  if tile < KEY_TILES:
-    _sweep(
-      value, d_output, query, d_key, log_decay, segments, lengths, d_final_state, d_sums, d_key,
-      head_index, piece, tile,
-      HEADS_ALL, T, H, V, K, VALUE_BLOCK, KEY_TILE, 1, V, CHUNK, PIECE, PIECES,
-      True, True, False, SEGMENTS, LENGTHS, PRECISION,
-    )  # fmt: skip
-  elif tile < KEY_TILES + VALUE_TILES:
-    _sweep(
-      key, query, d_output, d_value, log_decay, segments, lengths, d_final_state, d_sums,
-      d_initial_state, head_index, piece, tile - KEY_TILES,
-      HEADS_ALL, T, H, K, V, KEY_BLOCK, VALUE_TILE, V, 1, CHUNK, PIECE, PIECES,
-      True, True, True, SEGMENTS, LENGTHS, PRECISION,
-    )  # fmt: skip
-  else:
-    _sweep(
-      d_output, value, key, d_query, log_decay, segments, lengths, initial_state, sums, d_query,
-      head_index, piece, tile - KEY_TILES - VALUE_TILES,
-      HEADS_ALL, T, H, V, K, VALUE_BLOCK, KEY_TILE, 1, V, CHUNK, PIECE, PIECES,
-      False, True, False, SEGMENTS, LENGTHS, PRECISION,
-    )  # fmt: skip
+  role = program % 3
+  rest = program // (3 * TILES)
+  # role 0 is dv, 1 dk and 2 dq; the table at the top.
+  q = tl.where(role == 0, key, tl.where(role == 1, value, d_output))
+  k = tl.where(role == 0, query, tl.where(role == 1, d_output, value))
+  v = tl.where(role == 0, d_output, tl.where(role == 1, query, key))
+  out = tl.where(role == 0, d_value, tl.where(role == 1, d_key, d_query))
+  start = tl.where(role == 2, initial_state, d_final_state)
+  added = tl.where(role == 2, sums, d_sums)
+  _sweep(
+    q, k, v, out, log_decay, segments, lengths, start, added, d_initial_state,
+    rest % HEADS_ALL, rest // HEADS_ALL, program // 3 % TILES,
+    role != 2, role == 0, tl.where(role == 0, WIDTH, 1), tl.where(role == 0, 1, DIM),
+    HEADS_ALL, T, H, DIM, WIDTH, DIM_BLOCK, WIDTH_BLOCK, CHUNK, PIECE, PIECES,
+    True, SEGMENTS, LENGTHS, PRECISION,
+  )  # fmt: skip
+
+
+@triton.jit
+def value_gradient_kernel(
+  query, key, log_decay, segments, lengths, d_output, d_final_state, d_sums,
+  d_value, d_initial_state,
+  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr,
+  WIDTH: tl.constexpr, DIM_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+  PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
+  PRECISION: tl.constexpr,
+):  # fmt: skip
+  """dv and the gradient of the initial state: grid (value tiles * B H * PIECES,); DIM is K."""
+  TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
+  program = tl.program_id(0)
+  rest = program // TILES
+  _sweep(
+    key, query, d_output, d_value, log_decay, segments, lengths, d_final_state, d_sums,
+    d_initial_state, rest % HEADS_ALL, rest // HEADS_ALL, program % TILES, True, True, WIDTH, 1,
+    HEADS_ALL, T, H, DIM, WIDTH, DIM_BLOCK, WIDTH_BLOCK, CHUNK, PIECE, PIECES,
+    True, SEGMENTS, LENGTHS, PRECISION,
+  )  # fmt: skip
+
+
+@triton.jit
+def key_query_gradient_kernel(
+  query, key, value, log_decay, segments, lengths, initial_state, sums, d_output, d_final_state,
+  d_sums, d_key, d_query,
+  HEADS_ALL: tl.constexpr, T: tl.constexpr, H: tl.constexpr, DIM: tl.constexpr,
+  WIDTH: tl.constexpr, DIM_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+  PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
+  PRECISION: tl.constexpr,
+):  # fmt: skip
+  """dk and dq: grid (2 * key tiles * B H * PIECES,); DIM is V, WIDTH is K, the states transposed."""
+  TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
+  program = tl.program_id(0)
+  of_key = program % 2 == 0
+  rest = program // (2 * TILES)
+  _sweep(
+    tl.where(of_key, value, d_output), tl.where(of_key, d_output, value),
+    tl.where(of_key, query, key), tl.where(of_key, d_key, d_query),
+    log_decay, segments, lengths, tl.where(of_key, d_final_state, initial_state),
+    tl.where(of_key, d_sums, sums), d_sums,
+    rest % HEADS_ALL, rest // HEADS_ALL, program // 2 % TILES, of_key, False, 1, DIM,
+    HEADS_ALL, T, H, DIM, WIDTH, DIM_BLOCK, WIDTH_BLOCK, CHUNK, PIECE, PIECES,
+    True, SEGMENTS, LENGTHS, PRECISION,
+  )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ladder of lightning attention: definition, portable path, step. Kernels have their own files."""
+"""Lightning attention: the definition, the portable path and the step. Kernels have own files."""
 
 import functools
 
@@ -40,7 +40,7 @@ def expected(name):
 
 
 def compare(name, function):
-  """In float32 at most 2 x the error of the definition itself + 4 eps, for results and gradients."""
+  """In float32 at most 2 x the error of the definition itself + 4 eps, gradients included."""
   inputs, cotangent, narrow, truth = expected(name)
   got = results_and_gradients(function, inputs, cotangent, NAMES)
   return assert_as_exact(got, narrow, truth, np.float32)
@@ -71,8 +71,8 @@ def golden_case(name, dtype=np.float64):
     inputs["log_decay"] = -arrays["in/s"].reshape(-1).astype(np.promote_types(dtype, np.float32))
   if "out/final_state_f64" in arrays:
     truth["final_state"] = arrays["out/final_state_f64"]
-  state = np.zeros((*inputs["query"].shape[::2][:1], inputs["query"].shape[2],
-                    inputs["query"].shape[3], inputs["value"].shape[3]))  # fmt: skip
+  batch, _, heads, key_dim = inputs["query"].shape
+  state = np.zeros((batch, heads, key_dim, inputs["value"].shape[3]))
   if "in/initial_state" in arrays:
     inputs["initial_state"] = arrays["in/initial_state"].astype(dtype)
     truth["d_initial_state"] = arrays["grad/initial_state_f64"]
@@ -117,14 +117,17 @@ def test_golden_bfloat16():
 # --- The portable path against the definition (rung 2) --------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [CHUNK, None])
-@pytest.mark.parametrize("name", CI)
+@pytest.mark.parametrize(
+  ("name", "chunk_size"),
+  [(name, CHUNK) for name in CI] + [("packed_and_padded", None), ("chunks_plus_one", None)],
+)
 def test_xla_float32(name, chunk_size):
   compare(name, chunked(chunk_size))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7])
-@pytest.mark.parametrize("name", CI)
+@pytest.mark.parametrize(
+  ("name", "chunk_size"), [(name, 7) for name in CI] + [("packed_and_padded", 1)]
+)
 def test_xla_float64(name, chunk_size):
   """In float64 nothing but rounding is left, so no mistake can hide in a tolerance."""
   inputs, cotangent, _, truth = expected(name)
@@ -179,13 +182,13 @@ def test_packed_documents_are_separate_documents():
   inputs = make_inputs(CI["packed"])
   output, final_state = run(inputs)
   ids = inputs.pop("segment_ids")
-  for row in range(len(ids)):
+  for row in (0, 1):
     one = {n: x[row : row + 1] if x.ndim == 4 else x for n, x in inputs.items()}
     starts = [0, *(np.flatnonzero(np.diff(ids[row])) + 1), ids.shape[1]]
     assert len(starts) > 2
     state = one["initial_state"]
     for start, stop in zip(starts[:-1], starts[1:], strict=True):
-      alone, last = chunked()(**part(one, start, stop, initial_state=state))
+      alone, last = run(part(one, start, stop, initial_state=state))
       close(alone, output[row : row + 1, start:stop], 150)
       state = np.zeros_like(state)
     close(last, final_state[row : row + 1], 150)
@@ -202,7 +205,7 @@ def test_padded_rows_are_short_rows():
     if length == 0:
       np.testing.assert_array_equal(final_state[row], one["initial_state"][0])
       continue
-    alone, state = chunked()(**part(one, 0, length))
+    alone, state = run(part(one, 0, length))
     close(alone, output[row : row + 1, :length], 130)
     close(state, final_state[row : row + 1], 130)
 
@@ -266,9 +269,9 @@ def test_two_runs_are_bitwise_equal():
     np.testing.assert_array_equal(array, runs[1][name])
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e12])
+@pytest.mark.parametrize("scale", [1e-30, 1e10])
 def test_extreme_inputs_stay_finite(scale):
-  """q k v is 1e36 at most, and a rate of 1000 per token underflows every factor but the diagonal."""
+  """Products of q, k, v reach 1e30; a rate of 1000 per token leaves nothing but the diagonal."""
   inputs = make_inputs(CI["chunks_plus_one"])
   inputs = {n: x * np.float32(scale) if x.ndim == 4 else x for n, x in inputs.items()}
   inputs["log_decay"] = np.array([-1000.0, -1e-7], np.float32)

@@ -1,0 +1,1 @@
+"""Parts of `attnzoo.experiments.benchmark`: peers, timing, reports."""

@@ -1,0 +1,195 @@
+"""Other people's code for the same job. Nothing here is imported before a peer is asked for."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from attnzoo.pallas_kernels.cases import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+  """One peer.
+
+  `prepare(inputs, cotangent, pass_name, device)` returns a function that runs the pass once, waits
+  for the device and returns {"output": array, "d_query": array, ...}. `same_function` is False for
+  softmax attention: it is timed on the same arrays and its error is not comparable. `scratch` is
+  the number of [length, length] buffers per row and head that a pass holds at once.
+  """
+
+  name: str
+  package: str
+  platforms: tuple[str, ...]
+  passes: tuple[str, ...]
+  same_function: bool
+  quadratic: bool
+  prepare: Callable
+  scratch: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+  def obstacle(self, platform: str, pass_name: str, dtype: str) -> str | None:
+    """Why it cannot run at all, or None."""
+    if platform not in self.platforms:
+      return f"runs on {' and '.join(self.platforms)} only"
+    if pass_name not in self.passes:
+      return f"has no {pass_name} pass"
+    if dtype not in self.dtypes:
+      return f"takes {' and '.join(self.dtypes)} only"
+    if importlib.util.find_spec(self.package.partition(".")[0]) is None:
+      return f"not installed ({self.package})"
+    return None
+
+  def memory(self, case: Case, pass_name: str, dtype: np.dtype) -> int:
+    """Bytes of its [length, length] buffers."""
+    size = case.sizes
+    buffers = self.scratch.get(pass_name, 0) * size["batch"] * size["heads"]
+    return buffers * size["length"] ** 2 * np.dtype(dtype).itemsize
+
+
+def _torch_tensors(inputs, device, dtype=None):
+  import torch
+
+  def tensor(array):
+    wide = np.asarray(array, np.float32)  # numpy's bfloat16 is unknown to torch
+    return torch.tensor(wide, dtype=dtype or getattr(torch, str(array.dtype)), device=device)
+
+  return {name: tensor(array) for name, array in inputs.items()}
+
+
+def _torch_pass(function, tensors, cotangent, pass_name, device):
+  """Runs `function(query, key, value)`, torch layout as it likes, with or without the backward."""
+  import torch
+
+  leaves = {name: tensors[name] for name in ("query", "key", "value")}
+  backward = pass_name == "forward_backward"
+  for leaf in leaves.values():
+    leaf.requires_grad_(backward)
+
+  def run():
+    with torch.set_grad_enabled(backward):
+      output = function(**leaves)
+      gradients = torch.autograd.grad(output, leaves.values(), cotangent) if backward else ()
+    if device == "cuda":
+      torch.cuda.synchronize()
+    pairs = zip((f"d_{name}" for name in leaves), gradients, strict=False)
+    return {"output": output, **dict(pairs)}
+
+  return run
+
+
+def to_numpy(results: Mapping) -> dict[str, np.ndarray]:
+  """What a prepared peer returned, as float32 arrays."""
+  return {
+    name: np.asarray(x.detach().float().cpu() if hasattr(x, "detach") else x, np.float32)
+    for name, x in results.items()
+  }
+
+
+def _torch_decayed_linear(inputs, cotangent, pass_name, device):
+  """The masked formula ((Q K^T) * M) V, as a PyTorch user would write it; step: the recurrence."""
+  import torch
+
+  if pass_name == "step":
+    return _torch_decayed_linear_step(inputs, device)
+  tensors = _torch_tensors(inputs, device)
+  (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+  log_decay = tensors.get("log_decay", torch.zeros(inputs["query"].shape[2], device=device))
+
+  def formula(query, key, value):
+    position = torch.arange(query.shape[1], device=device)
+    distance = position[:, None] - position
+    decay = torch.exp(log_decay[:, None, None] * distance.clamp(min=0))  # [H, T, T]
+    mask = torch.where(distance >= 0, decay, 0.0).to(query.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, T, D]
+    return (((q @ k.transpose(-1, -2)) * mask) @ v).transpose(1, 2)
+
+  return _torch_pass(formula, tensors, do, pass_name, device)
+
+
+def _torch_decayed_linear_step(inputs, device):
+  import torch
+
+  names = ("query", "key", "value", "log_decay", "state")
+  tensors = _torch_tensors(dict(zip(names, inputs, strict=True)), device)
+
+  def run():
+    with torch.no_grad():
+      q, k, v = (tensors[name].float() for name in names[:3])
+      decay = torch.exp(tensors["log_decay"])[:, None, None]
+      state = decay * tensors["state"] + k[..., :, None] * v[..., None, :]
+      output = (q[..., None, :] @ state)[..., 0, :]
+    if device == "cuda":
+      torch.cuda.synchronize()
+    return {"output": output, "state": state}
+
+  return run
+
+
+def _torch_softmax(inputs, cotangent, pass_name, device):
+  import torch
+
+  heads_first = {n: np.swapaxes(inputs[n], 1, 2) for n in ("query", "key", "value")}
+  tensors = _torch_tensors(heads_first, device)
+  do = np.swapaxes(cotangent[0].astype(inputs["value"].dtype), 1, 2)
+  (do,) = _torch_tensors(dict(do=do), device).values()
+
+  def attention(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+  return _torch_pass(attention, tensors, do, pass_name, device)
+
+
+def _fla_simple_gla(inputs, cotangent, pass_name, device):
+  from fla.ops.simple_gla import chunk_simple_gla
+
+  tensors = _torch_tensors(inputs, device)
+  (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+
+  def attention(query, key, value):
+    rate = tensors.get("log_decay")
+    output, _ = chunk_simple_gla(
+      query, key, value, g_gamma=rate, scale=1.0, output_final_state=True
+    )  # fmt: skip
+    return output
+
+  return _torch_pass(attention, tensors, do, pass_name, device)
+
+
+def _cudnn_softmax(inputs, cotangent, pass_name, device):
+  import jax
+
+  qkv = tuple(jax.device_put(inputs[name]) for name in ("query", "key", "value"))
+  do = jax.device_put(cotangent[0].astype(inputs["value"].dtype))
+
+  def attention(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+  @jax.jit
+  def both(qkv, do):
+    output, pull = jax.vjp(attention, *qkv)
+    return (output, *pull(do))
+
+  run = both if pass_name == "forward_backward" else jax.jit(lambda qkv, do: (attention(*qkv),))
+  names = ("output", "d_query", "d_key", "d_value")
+  return lambda: dict(zip(names, jax.block_until_ready(run(qkv, do)), strict=False))
+
+
+_WHOLE = ("forward", "forward_backward")
+TORCH_DECAYED_LINEAR = Peer(
+  "torch masked formula", "torch", ("cpu", "cuda"), (*_WHOLE, "step"), same_function=True,
+  quadratic=True, prepare=_torch_decayed_linear, scratch=dict(forward=3, forward_backward=5),
+)  # fmt: skip
+TORCH_SOFTMAX = Peer(
+  "torch softmax (sdpa)", "torch", ("cpu", "cuda"), _WHOLE, same_function=False, quadratic=True,
+  prepare=_torch_softmax,
+)  # fmt: skip
+FLA_SIMPLE_GLA = Peer(
+  "fla chunk_simple_gla", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=False,
+  prepare=_fla_simple_gla,
+)  # fmt: skip
+CUDNN_SOFTMAX = Peer(
+  "cudnn softmax", "jax", ("cuda",), _WHOLE, same_function=False, quadratic=True,
+  prepare=_cudnn_softmax, dtypes=("bfloat16",),
+)  # fmt: skip

@@ -1,0 +1,59 @@
+"""Evaluates a trained run on a split of its data (or of other data).
+
+python -m attnzoo.experiments.evaluate --workdir=runs/stdlib_small
+python -m attnzoo.experiments.evaluate --workdir=runs/stdlib_small --overlap=128 --split=train
+"""
+
+import dataclasses
+import json
+
+import jax
+from absl import flags
+
+from attnzoo.experiments import command_line
+from attnzoo.experiments.data import check_tokenizer, load_corpus
+from attnzoo.experiments.training import loop, runs, state
+from attnzoo.experiments.training.evaluation import evaluate
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
+_SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
+_DATA_PATH = flags.DEFINE_string("data_path", "", "Other text to evaluate on (file or folder).")
+_LENGTH = flags.DEFINE_integer("sequence_length", 0, "Tokens per row; 0 = as trained.")
+_OVERLAP = flags.DEFINE_integer(
+  "overlap", 0, "Tokens of context that rows repeat, uncounted; more is slower and better."
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "Stop after so many targets; 0 = all.")
+_JSON = flags.DEFINE_string("json", "", "Also write the result to this file.")
+
+
+def main(_) -> None:
+  run = runs.load(_WORKDIR.value, _STEP.value)
+  data = run.experiment.data
+  if _DATA_PATH.value:
+    data = dataclasses.replace(data, source="auto", path=_DATA_PATH.value)
+  if _LENGTH.value:
+    data = dataclasses.replace(data, sequence_length=_LENGTH.value)
+  corpus = load_corpus(data)
+  if corpus.tokenizer is not None and run.tokenizer is not None:
+    check_tokenizer(run.tokenizer, corpus.tokenizer)
+  loop.check_vocabulary(run.experiment, corpus)
+  mesh = state.make_mesh(run.experiment.mesh, jax.devices()[:1])
+  result = evaluate(
+    jax.jit(state.make_eval_step(run.parts)),
+    run.params,
+    corpus,
+    data,
+    mesh,
+    split=_SPLIT.value,
+    max_tokens=_MAX_TOKENS.value,
+    overlap=_OVERLAP.value,
+  )
+  print(f"step {run.step}, {_SPLIT.value} of {corpus.name}: {result.describe()}")
+  if _JSON.value:
+    with open(_JSON.value, "w") as file:
+      json.dump(dict(step=run.step, split=_SPLIT.value, **result._asdict()), file, indent=2)
+
+
+if __name__ == "__main__":
+  command_line.run(main)

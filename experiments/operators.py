@@ -1,0 +1,147 @@
+"""The table of operators that `benchmark` and `numerics` run. A new operator adds one entry."""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnzoo.experiments.benchmarking import peers
+from attnzoo.pallas_kernels import lightning_attention, lightning_attention_step
+from attnzoo.pallas_kernels.cases import Case
+from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
+from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK
+
+# The oracle keeps a float64 state per token; beyond this length errors are taken on a shorter case.
+ORACLE_LENGTH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+  """What the harness needs to know of one operator.
+
+  `function(**inputs, implementation=...)` returns the arrays named in `results`; "reference" is its
+  definition, which is run in float64 for the truth. `step` takes what `step_inputs` makes of a
+  case's inputs and returns (output, state). `cases` is the module with CASES, make_inputs(case,
+  dtype), flops(case, chunk, backward) and minimum_bytes(case, dtype, backward); `step_cost(case,
+  dtype)` gives (FLOPs, bytes) of one step.
+  """
+
+  name: str
+  function: Callable
+  results: tuple[str, ...]
+  cases: types.ModuleType
+  chunk_size: int
+  step: Callable
+  step_inputs: Callable[[Mapping], tuple]
+  step_cost: Callable[[Case, np.dtype], tuple[int, int]]
+  peers: tuple[peers.Peer, ...]
+
+
+def _lightning_step_inputs(inputs):
+  query, key, value = (inputs[name][:, 0] for name in ("query", "key", "value"))
+  state = np.random.default_rng(7).standard_normal((*query.shape, value.shape[2]))
+  return query, key, value, inputs.get("log_decay"), state.astype(np.float32)
+
+
+def _lightning_step_cost(case, dtype):
+  size = case.sizes
+  heads, k, v = size["batch"] * size["heads"], size["key_dim"], size["value_dim"]
+  return 5 * heads * k * v, heads * (8 * k * v + np.dtype(dtype).itemsize * (2 * k + 2 * v))
+
+
+OPERATORS = {
+  operator.name: operator
+  for operator in (
+    Operator(
+      name="lightning_attention",
+      function=lightning_attention,
+      results=("output", "final_state"),
+      cases=lightning_cases,
+      chunk_size=DEFAULT_CHUNK,
+      step=lightning_attention_step,
+      step_inputs=_lightning_step_inputs,
+      step_cost=_lightning_step_cost,
+      peers=(
+        peers.TORCH_DECAYED_LINEAR,
+        peers.TORCH_SOFTMAX,
+        peers.FLA_SIMPLE_GLA,
+        peers.CUDNN_SOFTMAX,
+      ),
+    ),
+  )
+}
+
+
+def find(name: str) -> Operator:
+  if name not in OPERATORS:
+    near = difflib.get_close_matches(name, OPERATORS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see experiments/operators.py"
+    raise ValueError(f"operator must be one of {sorted(OPERATORS)}; got {name!r} ({hint})")
+  return OPERATORS[name]
+
+
+def cotangents(operator: Operator, inputs: Mapping) -> tuple[np.ndarray, ...]:
+  """Standard normal cotangents of the results, float32."""
+  function = lambda: operator.function(**inputs, implementation="reference")  # noqa: E731
+  rng = np.random.default_rng(1)
+  return tuple(rng.standard_normal(r.shape).astype(np.float32) for r in jax.eval_shape(function))
+
+
+def forward(operator: Operator, **options) -> Callable:
+  """The jitted function from inputs to results."""
+  return jax.jit(lambda inputs: operator.function(**inputs, **options))
+
+
+def forward_backward(operator: Operator, wrt: tuple[str, ...], **options) -> Callable:
+  """The jitted function from (inputs, cotangents) to (results, gradients of the inputs `wrt`)."""
+
+  def run(inputs, cotangent):
+    varied = {name: inputs[name] for name in wrt}
+    function = lambda varied: operator.function(**(inputs | varied), **options)  # noqa: E731
+    results, pull = jax.vjp(function, varied)
+    cotangent = jax.tree.map(lambda c, r: c.astype(r.dtype), cotangent, results)
+    return results, pull(cotangent)[0]
+
+  return jax.jit(run)
+
+
+def differentiable(inputs: Mapping) -> tuple[str, ...]:
+  return tuple(n for n, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def named_results(operator: Operator, inputs: Mapping, **options) -> dict[str, np.ndarray]:
+  """Every result and, as `d_<input>`, every gradient of one implementation."""
+  run = forward_backward(operator, differentiable(inputs), **options)
+  results, gradients = jax.device_get(run(dict(inputs), cotangents(operator, inputs)))
+  named = dict(zip(operator.results, results, strict=True))
+  return named | {f"d_{name}": gradient for name, gradient in gradients.items()}
+
+
+def truth(operator: Operator, inputs: Mapping) -> dict[str, np.ndarray]:
+  """The same from the definition in float64, on the CPU."""
+  with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    wide = {name: inputs[name].astype(np.float64) for name in differentiable(inputs)}
+    return named_results(operator, {**inputs, **wide}, implementation="reference")
+
+
+def oracle_case(case: Case) -> tuple[Case, str]:
+  """(the case that errors are measured on, in words what was cut off it)."""
+  length = min(case.sizes["length"], ORACLE_LENGTH)
+  cut = dict(case.sizes, batch=1, heads=1, length=length)
+  words = ", ".join(f"{n} {cut[n]} of {case.sizes[n]}" for n in cut if cut[n] != case.sizes[n])
+  return dataclasses.replace(case, sizes=cut), words or "all of it"
+
+
+def relative_error(got, exact) -> float:
+  """RMS error over the RMS of the truth."""
+  got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
+  return float(np.sqrt(np.mean((got - exact) ** 2)) / (np.sqrt(np.mean(exact**2)) or 1.0))
+
+
+def largest_error(got: Mapping, exact: Mapping) -> tuple[float, str]:
+  """(the worst relative error among the arrays that both have, its name)."""
+  return max((relative_error(got[name], exact[name]), name) for name in exact if name in got)

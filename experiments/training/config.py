@@ -1,0 +1,173 @@
+"""The record of one experiment, validated before any work starts.
+
+A file in `experiments/configs` builds an `Experiment` and hands it to the command line as an
+`ml_collections.ConfigDict`; flags like `--config.train.steps=100` change it there, and
+`from_config_dict` turns it back into frozen, checked dataclasses.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from attnzoo.experiments.data import DataConfig
+from attnzoo.zoo import models
+
+SCHEDULES = ("cosine", "linear", "warmup_stable_decay", "constant")
+OPTIMIZERS = ("adamw", "muon")
+
+
+def _fail(owner: str, name: str, rule: str, got: Any, hint: str):
+  raise ValueError(f"{owner}: {name} must {rule}; got {got!r} ({hint})")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Gradient steps."""
+
+  name: str = "adamw"  # or "muon": orthogonalised steps for matrices, AdamW for the rest
+  learning_rate: float = 6e-4  # peak
+  final_fraction: float = 0.1  # of the peak, at the last step
+  schedule: str = "cosine"
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2  # of the steps, for "warmup_stable_decay"
+  weight_decay: float = 0.1  # on matrices; not on biases, norms or positions
+  beta1: float = 0.9
+  beta2: float = 0.95
+  clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
+  z_loss: float = 0.0  # weight of log(sum of exp(logits))^2
+
+  def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      _fail("OptimizerConfig", "name", f"be one of {OPTIMIZERS}", self.name, "both are optax's")
+    if self.schedule not in SCHEDULES:
+      _fail("OptimizerConfig", "schedule", f"be one of {SCHEDULES}", self.schedule, "after warm-up")
+    if self.learning_rate <= 0:
+      _fail("OptimizerConfig", "learning_rate", "be positive", self.learning_rate, "try 6e-4")
+    for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss", "final_fraction"):
+      if getattr(self, name) < 0:
+        _fail("OptimizerConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Length of the run and what is written when."""
+
+  steps: int = 1000
+  grad_accumulation: int = 1  # parts that a batch is worked on in, one after the other
+  seed: int = 0  # of the initial weights; the order of the data has its own
+  log_every: int = 10  # steps
+  eval_every: int = 200  # steps; 0 = at the end only
+  eval_tokens: int = 0  # of validation text at most; 0 = all
+  sample_tokens: int = 200  # printed at the end
+  checkpoint_every: int = 200  # steps
+  keep_last: int = 2  # newest checkpoints kept
+  keep_best: int = 1  # kept beside them, by validation loss
+  baselines: bool = False  # print what xz and n-gram models reach on the validation text
+
+  def __post_init__(self):
+    for name in ("steps", "grad_accumulation", "log_every", "checkpoint_every", "keep_last"):
+      if getattr(self, name) < 1:
+        _fail("TrainConfig", name, "be at least 1", getattr(self, name), "a count")
+    for name in ("eval_every", "eval_tokens", "keep_best", "sample_tokens"):
+      if getattr(self, name) < 0:
+        _fail("TrainConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis; their product is the number of devices used. 0 on `data`: the rest."""
+
+  data: int = 0  # batch; parameters are split over it too
+  seq: int = 1  # length
+  model: int = 1  # heads, feed-forward width, vocabulary
+
+  def __post_init__(self):
+    if self.data < 0 or self.seq < 1 or self.model < 1:
+      got = (self.data, self.seq, self.model)
+      _fail("MeshConfig", "data, seq, model", "be at least 0, 1, 1", got, "0 = all that is left")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that decides a run. `model` is a configuration of the zoo."""
+
+  model: Any
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  def __post_init__(self):
+    if self.data.batch_size % self.train.grad_accumulation:
+      _fail(
+        "Experiment",
+        "data.batch_size",
+        f"be a multiple of train.grad_accumulation ({self.train.grad_accumulation})",
+        self.data.batch_size,
+        "every part has equally many rows",
+      )
+
+
+def to_config_dict(experiment: Experiment) -> ml_collections.ConfigDict:
+  """A locked ConfigDict with every field, for the command line."""
+  raw = {part.name: _fields(getattr(experiment, part.name)) for part in _parts()}
+  raw["model"]["family"] = models.family_of(experiment.model)
+  return ml_collections.ConfigDict(raw).lock()
+
+
+def from_config_dict(config: ml_collections.ConfigDict | dict) -> Experiment:
+  """The checked record of what files and flags say.
+
+  Raises:
+    ValueError: an unknown field (the nearest one is suggested) or a bad value.
+  """
+  raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+  parts = {part.name: dict(raw.get(part.name, {})) for part in _parts()}
+  family = parts["model"].pop("family")
+  kinds = dict(
+    model=models.config_class(family),
+    data=DataConfig,
+    optimizer=OptimizerConfig,
+    train=TrainConfig,
+    mesh=MeshConfig,
+  )
+  return Experiment(**{name: _make(kinds[name], name, values) for name, values in parts.items()})
+
+
+def to_json_dict(experiment: Experiment) -> dict[str, Any]:
+  """Plain nested dictionaries: what a checkpoint stores. `from_config_dict` reads it back."""
+  raw = {part.name: dataclasses.asdict(getattr(experiment, part.name)) for part in _parts()}
+  raw["model"]["family"] = models.family_of(experiment.model)
+  return raw
+
+
+def _parts():
+  return dataclasses.fields(Experiment)
+
+
+def _fields(record) -> dict[str, Any]:
+  """Field -> value; None becomes a placeholder of the field's type, so that flags can set it."""
+  values = {}
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    values[field.name] = config_dict.placeholder(_plain_type(field)) if value is None else value
+  return values
+
+
+def _plain_type(field: dataclasses.Field) -> type:
+  if isinstance(field.type, types.UnionType):
+    return next(kind for kind in typing.get_args(field.type) if kind is not types.NoneType)
+  return field.type
+
+
+def _make(kind: type, part: str, values: dict[str, Any]):
+  known = [field.name for field in dataclasses.fields(kind)]
+  for name in values:
+    if name not in known:
+      hint = models.nearest(name, known)
+      raise ValueError(f"config: {part}.{name} must be a field of {kind.__name__}; got it ({hint})")
+  return kind(**values)

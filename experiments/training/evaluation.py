@@ -1,0 +1,73 @@
+"""Loss of a model over a split of the data."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from attnzoo.experiments.data import Corpus, DataConfig, EvaluationBatches, bits_per_byte
+
+from . import state
+
+
+class Evaluation(NamedTuple):
+  """Of a whole split."""
+
+  loss: float  # nats per target
+  accuracy: float  # share of targets that were the likeliest token
+  bits_per_byte: float | None  # None where the text's bytes are not known
+
+  def describe(self) -> str:
+    per_byte = "" if self.bits_per_byte is None else f"  {self.bits_per_byte:.4f} bits per byte"
+    return f"loss {self.loss:.4f}{per_byte}  accuracy {self.accuracy:.1%}"
+
+  def metrics(self) -> dict[str, float]:
+    values = {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
+    if self.bits_per_byte is not None:
+      values["validation_bits_per_byte"] = self.bits_per_byte
+    return values
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's rows as arrays over the whole mesh."""
+  sharding = state.batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+  }
+
+
+def evaluate(
+  eval_step,
+  params: state.Params,
+  corpus: Corpus,
+  data: DataConfig,
+  mesh: Mesh,
+  *,
+  split: str = "validation",
+  max_tokens: int = 0,
+  overlap: int = 0,
+) -> Evaluation:
+  """Every target of the split once, in rows of `data.sequence_length` tokens.
+
+  Args:
+    eval_step: jitted `state.make_eval_step`.
+    max_tokens: stop after so many targets; 0 = all.
+    overlap: tokens of context that each row repeats from the one before it, without counting them.
+  """
+  batches = EvaluationBatches(
+    corpus,
+    data,
+    split=split,
+    max_tokens=max_tokens or None,
+    overlap=overlap,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  totals = np.zeros(3)
+  for batch in batches:
+    sums = eval_step(params, place_batch(batch, mesh))
+    totals += [float(sums.loss), float(sums.correct), float(sums.weight)]
+  loss, correct, weight = totals
+  per_byte = bits_per_byte(loss, batches.target_bytes) if batches.target_bytes else None
+  return Evaluation(loss / weight, correct / weight, per_byte)

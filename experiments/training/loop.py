@@ -1,0 +1,228 @@
+"""Training from a configuration to a finished workdir."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from attnzoo.experiments.data import Corpus, TrainBatches, describe_tokenizer, load_corpus
+from attnzoo.zoo import models
+
+from . import checkpoints, config, reports, state
+from .evaluation import Evaluation, evaluate, place_batch
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss or the gradient is NaN or infinite."""
+
+
+class Run(NamedTuple):
+  """What stays the same from step to step."""
+
+  experiment: config.Experiment
+  workdir: pathlib.Path
+  corpus: Corpus
+  mesh: Mesh
+  parts: state.Parts
+  eval_step: Callable
+  batches: TrainBatches
+  saved: checkpoints.Checkpoints
+  first_step: int
+  last_step: int
+
+
+class Outcome(NamedTuple):
+  """How a run ended."""
+
+  run: Run
+  state: state.TrainState
+  evaluation: Evaluation | None  # None if a SIGTERM stopped the run early; its state is saved
+
+
+def train(
+  experiment: config.Experiment, workdir: str | pathlib.Path, *, extend: int = 0
+) -> Outcome:
+  """Trains, or goes on with what is in `workdir`.
+
+  A run that is complete already goes on for `extend` more steps at the final learning rate.
+
+  Raises:
+    ValueError, FileNotFoundError: anything wrong with the configuration, the data or the workdir,
+      before any training.
+    NonFiniteLoss: names the step and the checkpoint to go back to.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  mesh = state.make_mesh(experiment.mesh)
+  state.check_divides(experiment, mesh)
+  corpus = load_corpus(experiment.data, cache=workdir / "corpus")
+  check_vocabulary(experiment, corpus)
+  hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+  batches = TrainBatches(corpus, experiment.data, **hosts)
+  if jax.process_index() == 0:
+    checkpoints.write_config(workdir, run_record(experiment, corpus))
+  keep = dict(keep_last=experiment.train.keep_last, keep_best=experiment.train.keep_best)
+  with (
+    contextlib.closing(batches),
+    contextlib.closing(checkpoints.Checkpoints(workdir, **keep)) as saved,
+    in_mesh(mesh),
+  ):
+    parts, current, shardings = state.initial_state(experiment, mesh)
+    restored = saved.restore(checkpoints.abstract_like(current, shardings))
+    if restored is not None:
+      current = restored.state
+      batches.set_state(restored.record["data"].encode())
+    first_step, last_step = int(current.step), experiment.train.steps
+    if first_step >= last_step:
+      last_step = first_step + extend
+    eval_step = jax.jit(state.make_eval_step(parts))
+    run = Run(experiment, workdir, corpus, mesh, parts, eval_step, batches, saved,
+              first_step, last_step)  # fmt: skip
+    return _run(run, current)
+
+
+def _run(run: Run, current: state.TrainState) -> Outcome:
+  metrics = reports.MetricsWriter(run.workdir)
+  metrics.truncate_after(run.first_step)
+  _say_what_starts(run)
+  try:
+    with _sigterm() as stop:
+      current, evaluation = _steps(run, current, metrics, stop)
+  finally:
+    metrics.close()
+    run.saved.wait()
+  return Outcome(run, current, evaluation)
+
+
+def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
+  """Steps until the last one or a SIGTERM; returns (state, last evaluation or None)."""
+  train = run.experiment.train
+  step_function = jax.jit(state.make_train_step(run.experiment, run.parts), donate_argnums=0)
+  progress = _progress(run)
+  if run.first_step == run.last_step:
+    return current, _evaluate(run, current)
+  pending = None  # (step, metrics) that were not looked at yet, so that one step is under way
+  for step in range(run.first_step + 1, run.last_step + 1):
+    current, result = step_function(current, place_batch(next(run.batches), run.mesh))
+    if pending is not None:
+      _check_finite(run, *pending)
+    pending = (step, result)
+    if step == run.first_step + 1:
+      jax.block_until_ready(current)
+      progress.start()
+    last, stopping = step == run.last_step, stop.is_set()
+    log = last or stopping or step % train.log_every == 0
+    assess = last or (train.eval_every and step % train.eval_every == 0 and not stopping)
+    save = last or stopping or step % train.checkpoint_every == 0
+    if log or assess or save:
+      values = _check_finite(run, *pending)
+    if log:
+      metrics.write(step, {**values, **progress.show(step, values["loss"])})
+    began = time.monotonic()
+    evaluation = _evaluate(run, current) if assess else None
+    if evaluation is not None:
+      metrics.write(step, evaluation.metrics())
+      progress.say(f"step {step}/{run.last_step}  validation  {evaluation.describe()}")
+    if save:
+      loss = None if evaluation is None else evaluation.loss
+      run.saved.save(step, current, {"data": run.batches.get_state().decode()}, loss)
+    progress.pause(time.monotonic() - began)
+    if stopping and not last:
+      return current, None
+  return current, evaluation
+
+
+def _evaluate(run: Run, current: state.TrainState) -> Evaluation:
+  return evaluate(
+    run.eval_step,
+    current.params,
+    run.corpus,
+    run.experiment.data,
+    run.mesh,
+    max_tokens=run.experiment.train.eval_tokens,
+  )
+
+
+def _check_finite(run: Run, step: int, metrics: state.Metrics) -> dict[str, float]:
+  values = {name: float(value) for name, value in metrics._asdict().items()}
+  if not all(map(math.isfinite, values.values())):
+    run.saved.wait()
+    kept = run.saved.steps
+    where = (
+      f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was written yet"
+    )
+    raise NonFiniteLoss(
+      f"train: loss and gradient must be finite; got loss {values['loss']}, gradient norm"
+      f" {values['grad_norm']} at step {step} ({where}; lower optimizer.learning_rate or"
+      " optimizer.clip_norm)"
+    )
+  return values
+
+
+def _say_what_starts(run: Run) -> None:
+  if jax.process_index() != 0:
+    return
+  experiment = run.experiment
+  count = models.parameter_count(experiment.model)
+  rows, length = experiment.data.batch_size, experiment.data.sequence_length
+  kind = jax.devices()[0].device_kind
+  print(f"model  {models.family_of(experiment.model)}, {count:,} parameters")
+  print(run.corpus.describe())
+  print(f"batch  {rows} x {length} tokens on {run.mesh.size} x {kind}, mesh {dict(run.mesh.shape)}")
+  if run.first_step >= experiment.train.steps:
+    more = run.last_step - run.first_step
+    after = f"{more} more at the final learning rate" if more else "nothing left to train"
+    print(f"This run is complete after {run.first_step} steps: {after}.")
+  elif run.first_step:
+    print(f"Goes on from the checkpoint of step {run.first_step}.")
+
+
+def _progress(run: Run) -> reports.Progress:
+  data = run.experiment.data
+  return reports.Progress(
+    run.first_step,
+    run.last_step,
+    tokens_per_step=data.batch_size * data.sequence_length,
+    flops_per_token=6 * models.parameter_count(run.experiment.model),
+    peak_flops=reports.peak_flops(jax.devices()[0].device_kind, run.mesh.size),
+  )
+
+
+def run_record(experiment: config.Experiment, corpus: Corpus) -> dict[str, Any]:
+  """What identifies a run: stored in the workdir, checked when it goes on."""
+  tokenizer = None if corpus.tokenizer is None else describe_tokenizer(corpus.tokenizer)
+  return dict(experiment=config.to_json_dict(experiment), tokenizer=tokenizer)
+
+
+def check_vocabulary(experiment: config.Experiment, corpus: Corpus) -> None:
+  """Raises ValueError where the data has ids that the model has not."""
+  if corpus.vocab_size > experiment.model.vocab_size:
+    raise ValueError(
+      f"train: model.vocab_size must be at least the data's {corpus.vocab_size}; got"
+      f" {experiment.model.vocab_size} (set --config.model.vocab_size={corpus.vocab_size})"
+    )
+
+
+def in_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """The mesh in force for everything traced inside; nothing for a single device."""
+  return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+  """An event that a SIGTERM sets, instead of ending the process."""
+  stop = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop  # signals reach the main thread only
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+  try:
+    yield stop
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,144 @@
+"""Progress on the terminal, metrics in files, curves in a picture."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+
+
+class MetricsWriter:
+  """One JSON object per line in metrics.jsonl, and the same numbers for TensorBoard."""
+
+  def __init__(self, workdir: str | pathlib.Path):
+    from tensorboardX import SummaryWriter
+
+    self._path = pathlib.Path(workdir) / METRICS_FILE
+    self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **values}) + "\n")
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def truncate_after(self, step: int) -> None:
+    """Drops lines of steps that a resumed run will do again."""
+    if not self._path.exists():
+      return
+    kept = [
+      line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step
+    ]
+    draft = self._path.with_suffix(".draft")
+    draft.write_text("".join(line + "\n" for line in kept))
+    draft.replace(self._path)
+
+  def close(self) -> None:
+    self._board.close()
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
+  path = pathlib.Path(workdir) / METRICS_FILE
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Progress:
+  """One line that says how far the run is: redrawn on a terminal, now and then elsewhere."""
+
+  def __init__(self, first_step: int, last_step: int, tokens_per_step: int, flops_per_token: float,
+               peak_flops: float | None):  # fmt: skip
+    self._first, self._last = first_step, last_step
+    self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
+    self._start: float | None = None
+    self._paused = 0.0
+    self._terminal = sys.stderr.isatty()
+
+  def start(self) -> None:
+    """Called after the first step, so that compilation does not count."""
+    self._start = time.monotonic()
+    self._first += 1
+
+  def pause(self, seconds: float) -> None:
+    """Time spent on evaluation and the like."""
+    self._paused += seconds
+
+  def tokens_per_second(self, step: int) -> float:
+    if self._start is None or step <= self._first:
+      return 0.0
+    seconds = time.monotonic() - self._start - self._paused
+    return (step - self._first) * self._tokens / max(seconds, 1e-9)
+
+  def show(self, step: int, loss: float) -> dict[str, float]:
+    """Prints the line; returns the speed figures for the metrics."""
+    speed = self.tokens_per_second(step)
+    figures = {"tokens_per_second": speed}
+    parts = [f"step {step}/{self._last}", f"loss {loss:.4f}"]
+    if speed:
+      left = (self._last - step) * self._tokens / speed
+      parts += [f"{speed:,.0f} tokens/s", f"{duration(left)} left"]
+    if speed and self._peak:
+      figures["mfu"] = speed * self._flops / self._peak
+      parts.insert(3, f"MFU {figures['mfu']:.1%}")
+    line = "  ".join(parts)
+    end = "" if self._terminal and step < self._last else "\n"
+    print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+    return figures
+
+  def say(self, line: str) -> None:
+    """A line of its own between two progress lines."""
+    print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# Dense bfloat16 FLOP/s of one chip, from the vendors' data sheets.
+_PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str, devices: int) -> float | None:
+  """Of all devices together; None for a kind whose peak is not listed."""
+  names = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
+  return _PEAK_FLOPS[max(names, key=len)] * devices if names else None
+
+
+def draw_curves(
+  workdir: str | pathlib.Path, lines: Mapping[str, float] | None = None
+) -> pathlib.Path:
+  """Writes curves.png: loss against steps in bits per target, `lines` as horizontal marks."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  metrics = read_metrics(workdir)
+  figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+  for key, label in (("loss", "training"), ("validation_loss", "validation")):
+    points = [(m["step"], m[key] / math.log(2)) for m in metrics if key in m]
+    if points:
+      marker = "o" if key == "validation_loss" else None
+      axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3, linewidth=1.2)
+  for number, (name, value) in enumerate((lines or {}).items()):
+    axes.axhline(value, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
+  axes.set(xlabel="step", ylabel="bits per target", title=pathlib.Path(workdir).name)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  path = pathlib.Path(workdir) / CURVES_FILE
+  figure.savefig(path, dpi=130)
+  pyplot.close(figure)
+  return path

@@ -1,0 +1,197 @@
+"""What a run carries from step to step, where it lies on the devices, and the step itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attnzoo import zoo
+from attnzoo.layers.partitioning import MESH_AXES, parameter_shardings
+
+from .config import Experiment, MeshConfig
+from .optimizers import make_optimizer
+
+Params = dict[str, jax.Array]  # path with dots -> array, such as "groups.0.mixer.log_decay"
+
+
+class TrainState(NamedTuple):
+  """Saved in every checkpoint."""
+
+  step: jax.Array  # int32 scalar, steps done
+  params: Params
+  opt_state: Any
+
+
+class Parts(NamedTuple):
+  """A model taken apart: `merge(parts, params)` puts it together again, inside jit or out."""
+
+  graph: nnx.GraphDef
+  template: nnx.State  # of the parameters
+  constants: nnx.State
+
+
+class Metrics(NamedTuple):
+  """Of one step or one evaluation, float32 scalars."""
+
+  loss: jax.Array  # nats per target
+  accuracy: jax.Array
+  grad_norm: jax.Array
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+  """The device mesh (data, seq, model) of a run.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  fixed = config.seq * config.model
+  data = config.data or max(len(devices) // fixed, 1)
+  if data * fixed != len(devices):
+    raise ValueError(
+      f"make_mesh: data x seq x model must be the {len(devices)} devices; got"
+      f" {data} x {config.seq} x {config.model} = {data * fixed} (mesh.data=0 takes what is left)"
+    )
+  array = np.asarray(devices).reshape(data, config.seq, config.model)
+  return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_divides(experiment: Experiment, mesh: Mesh) -> None:
+  """Raises ValueError where the mesh does not divide the batch, the length or the heads."""
+  rows = experiment.data.batch_size // experiment.train.grad_accumulation
+  sizes = dict(
+    data=("rows of a batch part", rows),
+    seq=("data.sequence_length", experiment.data.sequence_length),
+    model=("model.heads", experiment.model.heads),
+  )
+  for axis, (name, size) in sizes.items():
+    if size % mesh.shape[axis]:
+      raise ValueError(
+        f"mesh: {name} must be a multiple of the mesh axis {axis!r} ({mesh.shape[axis]}); got"
+        f" {size} (change either)"
+      )
+
+
+def take_apart(model: nnx.Module) -> tuple[Parts, Params]:
+  graph, template, constants = nnx.split(model, nnx.Param, ...)
+  return Parts(graph, template, constants), flatten(template)
+
+
+def flatten(state: nnx.State) -> Params:
+  """Path with dots -> value."""
+  return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def merge(parts: Parts, params: Params) -> nnx.Module:
+  flat = [
+    (path, variable.replace(params[_name(path)]))
+    for path, variable in nnx.to_flat_state(parts.template)
+  ]
+  return nnx.merge(parts.graph, nnx.from_flat_state(flat), parts.constants)
+
+
+def abstract_state(experiment: Experiment) -> tuple[Parts, TrainState]:
+  """The model's parts and the shapes of its training state; nothing is allocated."""
+  model = nnx.eval_shape(lambda: zoo.build(experiment.model, nnx.Rngs(0)))
+  parts, params = take_apart(model)
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+  opt_state = jax.eval_shape(optimizer.init, params)
+  return parts, TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+
+
+def state_shardings(parts: Parts, state: TrainState, mesh: Mesh) -> TrainState:
+  """Parameters over "data" and "model" by the names of their axes; moments like their parameter."""
+  params = flatten(parameter_shardings(parts.template, mesh))
+  whole = NamedSharding(mesh, P())
+
+  def of_leaf(path, leaf):
+    for key in reversed(path):  # moments are dictionaries with the parameters' names
+      name = getattr(key, "key", None)
+      if name in params and leaf.shape == state.params[name].shape:
+        return params[name]
+    return whole
+
+  return TrainState(whole, params, jax.tree_util.tree_map_with_path(of_leaf, state.opt_state))
+
+
+def initial_state(experiment: Experiment, mesh: Mesh) -> tuple[Parts, TrainState, TrainState]:
+  """(parts, state with fresh weights, its shardings); each device makes only its own part."""
+  abstract_parts, abstract = abstract_state(experiment)
+  shardings = state_shardings(abstract_parts, abstract, mesh)
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+  seed = experiment.train.seed
+
+  def make():
+    parts, params = take_apart(zoo.build(experiment.model, nnx.Rngs(seed)))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return parts.constants, state
+
+  whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract_parts.constants)
+  constants, state = jax.jit(make, out_shardings=(whole, shardings))()
+  return abstract_parts._replace(constants=constants), state, shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of every array of a batch, [B, T]."""
+  return NamedSharding(mesh, P("data", "seq"))
+
+
+def make_train_step(
+  experiment: Experiment, parts: Parts
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+  """One step on one batch, as a pure function to be jitted. Donate the state."""
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+  z_weight = experiment.optimizer.z_loss
+  pieces = experiment.train.grad_accumulation
+
+  def summed_loss(params, batch):
+    sums = _loss_sums(parts, params, batch)
+    return sums.loss + z_weight * sums.z_loss, sums
+
+  gradient = jax.grad(summed_loss, has_aux=True)
+
+  def accumulate(params, batch):
+    if pieces == 1:
+      return gradient(params, batch)
+    batch = {  # [B, T] -> [pieces, B / pieces, T]; interleaved, so that each device keeps its rows
+      name: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0) for name, x in batch.items()
+    }
+
+    def add(total, piece):
+      return jax.tree.map(jnp.add, total, gradient(params, piece)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, batch)[0]
+
+  def train_step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+    grads, sums = accumulate(state.params, batch)
+    count = jnp.maximum(sums.weight, 1)
+    grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(sums.loss / count, sums.correct / count, optax.global_norm(grads))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_eval_step(parts: Parts) -> Callable[[Params, dict], Any]:
+  """Loss sums of one batch, as a pure function to be jitted."""
+  return lambda params, batch: _loss_sums(parts, params, batch)
+
+
+def _loss_sums(parts, params, batch):
+  return merge(parts, params).loss(
+    batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
+  )
+
+
+def _name(path: tuple) -> str:
+  return ".".join(map(str, path))

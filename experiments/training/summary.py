@@ -1,0 +1,69 @@
+"""What a run leaves behind at its end: the table of results, a sample, the curves."""
+
+import json
+import math
+
+from attnzoo.experiments import baselines
+from attnzoo.experiments.data import DataConfig, read_text
+from attnzoo.experiments.generation import Sampling, generate
+
+from . import reports, state
+from .loop import Outcome, Run
+
+BASELINES_FILE = "baselines.json"
+
+
+def finish(outcome: Outcome) -> None:
+  """Prints and draws; after a SIGTERM only what is quick."""
+  run = outcome.run
+  if outcome.evaluation is None:
+    print(f"Stopped at step {int(outcome.state.step)}; the same command goes on from there.")
+    reports.draw_curves(run.workdir)
+    return
+  marks = _baselines(run) if run.experiment.train.baselines else {}
+  print(_table(outcome, marks))
+  per_byte, loss = outcome.evaluation.bits_per_byte, outcome.evaluation.loss
+  to_target_bits = loss / math.log(2) / per_byte if per_byte else 1.0
+  curves = reports.draw_curves(run.workdir, {n: v * to_target_bits for n, v in marks.items()})
+  if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None:
+    print(f"\nsample:\n{_sample(outcome)}\n")
+  print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
+  print(f"checkpoints {run.workdir / 'checkpoints'}")
+
+
+def _table(outcome: Outcome, marks: dict[str, float]) -> str:
+  evaluation = outcome.evaluation
+  if evaluation.bits_per_byte is None:
+    return f"validation  {evaluation.describe()}"
+  figures = {**marks, "this model": evaluation.bits_per_byte}
+  width = max(map(len, figures))
+  rows = [f"  {name:<{width}}  {value:6.3f}" for name, value in figures.items()]
+  return "\n".join(["", "bits per byte of the validation text", *rows])
+
+
+def _baselines(run: Run) -> dict[str, float]:
+  """What compressors and n-gram models reach; computed once per workdir and corpus."""
+  file = run.workdir / BASELINES_FILE
+  stored = json.loads(file.read_text()) if file.exists() else {}
+  if stored.get("corpus") != run.corpus.fingerprint:
+    stored = dict(corpus=run.corpus.fingerprint, figures=_compute_baselines(run.experiment.data))
+    file.write_text(json.dumps(stored, indent=2) + "\n")
+  return stored["figures"]
+
+
+def _compute_baselines(data: DataConfig) -> dict[str, float]:
+  return baselines.baselines(read_text(data, "train"), read_text(data, "validation"))
+
+
+def _sample(outcome: Outcome) -> str:
+  run = outcome.run
+  tokenizer = run.corpus.tokenizer
+  model = state.merge(run.parts, outcome.state.params)
+  tokens = generate(
+    model,
+    [[]],
+    max_new_tokens=run.experiment.train.sample_tokens,
+    sampling=Sampling(temperature=0.8, top_p=0.95),
+    end_id=tokenizer.end_id,
+  )
+  return tokenizer.decode([int(token[0]) for token in tokens])
