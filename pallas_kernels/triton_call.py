@@ -1,6 +1,6 @@
 """Launching raw Triton kernels through jax-triton, whatever its version.
 
-An operator describes its launches as data (`Launch`), from sizes alone and without importing triton.
+An operator describes its launches as data (`Launch`), from sizes alone, without importing triton.
 The same list is run here by jax on a GPU, and in the tests by Triton's interpreter on a CPU or by
 the compiler for a GPU that is not there: what is tested is what runs.
 """
@@ -52,7 +52,7 @@ _GPUS = (
 
 
 def target_gpu(function: str) -> Gpu:
-  """The GPU that the current trace is for: that of the abstract mesh in force, else the first one."""
+  """The GPU that the current trace is for: the abstract mesh's if one is in force, or the first."""
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   if device is None or (
     jax.default_backend() == "gpu" and jax.devices()[0].device_kind == device.device_kind

@@ -53,7 +53,7 @@ CASES = (
 
 
 def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
-  """Keyword arguments of `lightning_attention` for a case: float arrays in `dtype`, rest as needed."""
+  """Keyword arguments of `lightning_attention` for a case; tokens are in `dtype`."""
   rng = np.random.default_rng(seed)
   size, option = case.sizes, case.options
   batch, length, heads = size["batch"], size["length"], size["heads"]
@@ -85,7 +85,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
 
 
 def flops(case: Case, chunk_size: int, backward: bool = False) -> int:
-  """Floating-point operations with chunks of `chunk_size` (backward: the one with stored states)."""
+  """Operations with chunks of `chunk_size`; with `backward`, forward and backward together."""
   size = case.sizes
   k, v = size["key_dim"], size["value_dim"]
   per_token = 2 * chunk_size * (k + v) + 4 * k * v
@@ -95,7 +95,7 @@ def flops(case: Case, chunk_size: int, backward: bool = False) -> int:
 
 
 def minimum_bytes(case: Case, dtype=np.float32, backward: bool = False) -> int:
-  """Least memory traffic: every input read once, every output written once."""
+  """Least memory traffic: every input read once, every output written once; `backward`: both."""
   size = case.sizes
   k, v, width = size["key_dim"], size["value_dim"], np.dtype(dtype).itemsize
   per_token = width * (2 * k + 2 * v) + (width * (4 * k + 3 * v) if backward else 0)

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
   value_dim: int
   dtype: jnp.dtype
   chunk: int  # C
+  panel: int  # rows of scores made at once, divides C; columns past a panel's end are skipped
   unroll: int  # chunks per grid step
   padded: bool  # some row of some chunk may lie past the end of its sequence
   packed: bool  # documents
@@ -117,6 +118,12 @@ def _weights(plan, scalars, index, decay, document_end):
   return Weights(mask, up, down, carry, real)
 
 
+def _block_weights(plan, scalars, step, decay, ends_ref):
+  """`Weights` of each chunk of a block."""
+  ends = [None if ends_ref is None else ends_ref[pl.ds(u, 1), :] for u in range(plan.unroll)]
+  return [_weights(plan, scalars, step * plan.unroll + u, decay, ends[u]) for u in range(plan.unroll)]
+
+
 def _rows(ref, part, weights):
   """Chunk `part` of a block, [C, D]. Rows past the end hold anything, even NaN: they become 0."""
   chunk = weights.up.shape[0]
@@ -133,10 +140,15 @@ def _split_refs(plan, refs, tensors):
 
 
 def _forward_kernel(*refs, plan: Plan, save_states: bool):
-  """Blocks: q, k [R, K], v [R, V], state [K, V]; out: o [R, V], state, maybe states [U, K, V]."""
+  """Blocks: q, k [R, K], v [R, V], state [K, V]; out: o [R, V], state, maybe states [U, K, V].
+
+  The states of all chunks of the block come first. They are one short dependent chain; with them in
+  VMEM the outputs of the chunks are independent and their products overlap.
+  """
   scalars, (q_ref, k_ref, v_ref, initial_ref), ends_ref, rest = _split_refs(plan, refs, 4)
-  o_ref, state_ref, *states_ref = rest[:-5]
-  decay = rest[-5:-2]
+  # The last scratch is there only if the states before the chunks are not an output anyway.
+  o_ref, state_ref, *rest = rest
+  *decay, states_ref = (*rest[1:], rest[0]) if save_states else rest
   step, log_decay = pl.program_id(2), scalars.log_decay[pl.program_id(1)]
 
   @pl.when(step == 0)
@@ -144,44 +156,31 @@ def _forward_kernel(*refs, plan: Plan, save_states: bool):
     _fill_decay(plan, log_decay, decay)
     state_ref[...] = initial_ref[...]  # the output block stays in VMEM until the head is done
 
-  X=__import__("os").environ.get("X","")
-  st=states_ref[0] if save_states else rest[-1]
-  def ph1(part):
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+  weights = _block_weights(plan, scalars, step, decay, ends_ref)
+  for part, w in enumerate(weights):
     k, v = (_rows(ref, part, w) for ref in (k_ref, v_ref))
-    st[part] = state_ref[...].astype(plan.dtype)
-    state_ref[...] = w.carry * state_ref[...] + dot_f32((w.down[:, : plan.key_dim] * k).astype(k.dtype), v, TN)
-  def ph2(part):
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
+    states_ref[part] = state_ref[...].astype(plan.dtype)
+    added = dot_f32((w.down[:, : plan.key_dim] * k).astype(k.dtype), v, TN)
+    state_ref[...] = w.carry * state_ref[...] + added
+  for part, w in enumerate(weights):
     q, k, v = (_rows(ref, part, w) for ref in (q_ref, k_ref, v_ref))
-    scores = dot_f32(q, k, NT) * w.mask
-    if "av" in X:
-      here=pl.ds(part * plan.chunk, plan.chunk); acc=rest[-2]
-      acc[here,:]=dot_f32(scores.astype(v.dtype), v, NN)
-      output = acc[here,:]+ w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
-    elif "sel" in X:
-      output = jnp.where(_iota((1,128),1)>=0,dot_f32(scores.astype(v.dtype), v, NN),0.) + w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
-    else:
-      output = dot_f32(scores.astype(v.dtype), v, NN) + w.up[:, : plan.value_dim] * dot_f32(q, st[part], NN)
-    o_ref[pl.ds(part * plan.chunk, plan.chunk), :] = output.astype(o_ref.dtype)
-  if "loop" in X:
-    pass
-  for part in range(plan.unroll): ph1(part)
-  G=int(__import__("os").environ.get("G","0"))
-  if not G:
-    for part in range(plan.unroll): ph2(part)
-  else:
-    for g in range(0,plan.unroll,G):
-      @pl.when(step >= g-100)
-      def _():
-        for part in range(g,g+G): ph2(part)
+    for start in range(0, plan.chunk, plan.panel):  # rows of a panel see the columns up to its end
+      stop = start + plan.panel
+      scores = (dot_f32(q[start:stop], k[:stop], NT) * w.mask[start:stop, :stop]).astype(v.dtype)
+      carried = w.up[start:stop, : plan.value_dim] * dot_f32(q[start:stop], states_ref[part], NN)
+      output = dot_f32(scores, v[:stop], NN) + carried
+      o_ref[pl.ds(part * plan.chunk + start, plan.panel), :] = output.astype(o_ref.dtype)
 
 
 def _backward_kernel(*refs, plan: Plan):
-  """Blocks: q, k, v, dO, d_final, states; out: dq, dk, dv, d_initial. Steps run from the last one."""
+  """Blocks: q, k, v, dO, d_final, states; out: dq, dk, dv, d_initial. Steps run from the last one.
+
+  As in the forward, first the chain of state cotangents, then what is independent of chunk to chunk.
+  """
   scalars, blocks, ends_ref, rest = _split_refs(plan, refs, 6)
   *rows_refs, d_final_ref, states_ref = blocks
-  dq_ref, dk_ref, dv_ref, d_state_ref, *decay, kv, sc = rest
+  q_ref, do_ref = rows_refs[0], rows_refs[3]
+  dq_ref, dk_ref, dv_ref, d_state_ref, *decay, d_states_ref, scores_ref = rest
   turn, log_decay = pl.program_id(2), scalars.log_decay[pl.program_id(1)]
   step = plan.steps - 1 - turn
 
@@ -190,42 +189,43 @@ def _backward_kernel(*refs, plan: Plan):
     _fill_decay(plan, log_decay, decay)
     d_state_ref[...] = d_final_ref[...]
 
-  kd, vd = plan.key_dim, plan.value_dim
-  X=__import__("os").environ.get("X","")
-  st, acc = sc, kv
-  for part in reversed(range(plan.unroll)):
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
-    q, do = (_rows(ref, part, w) for ref in (rows_refs[0], rows_refs[3]))
-    st[part] = d_state_ref[...].astype(plan.dtype)
-    d_state_ref[...] = w.carry * d_state_ref[...] + dot_f32((w.up[:, :kd] * q).astype(q.dtype), do, TN)
-  for part in (range(plan.unroll)):
-    w = _weights(plan, scalars, step * plan.unroll + part, decay, None)
-    q, k, v, do = (_rows(ref, part, w) for ref in rows_refs)
-    d_state = st[part]
-    here = pl.ds(part * plan.chunk, plan.chunk)
-    def add(a, b):
-      if "av" not in X: return a+b
-      acc[here,:]=a
-      return acc[here,:]+b
-    if "seq" in X:
-      d_scores = (dot_f32(do, v, NT) * w.mask).astype(q.dtype)  # [C, C]
-      dq_ref[here, :] = add(dot_f32(d_scores, k, NN) , w.up[:, :kd] * dot_f32(do, states_ref[part], NT)).astype(dq_ref.dtype)
-      dk_ref[here, :] = add(dot_f32(d_scores, q, TN) , w.down[:, :kd] * dot_f32(v, d_state, NT)).astype(dk_ref.dtype)
-      if "T" in X:
-        scores = (dot_f32(k, q, NT) * decay[3][...]).astype(do.dtype)
-        dv_ref[here, :] = add(dot_f32(scores, do, NN) , w.down[:, :vd] * dot_f32(k, d_state, NN)).astype(dv_ref.dtype)
-      else:
-        scores = (dot_f32(q, k, NT) * w.mask).astype(do.dtype)
-        dv_ref[here, :] = add(dot_f32(scores, do, TN) , w.down[:, :vd] * dot_f32(k, d_state, NN)).astype(dv_ref.dtype)
-    else:
-      d_scores = (dot_f32(do, v, NT) * w.mask).astype(q.dtype)  # [C, C]
-      scores = (dot_f32(q, k, NT) * w.mask).astype(do.dtype)
-      dq = add(dot_f32(d_scores, k, NN) , w.up[:, :kd] * dot_f32(do, states_ref[part], NT))
-      dk = add(dot_f32(d_scores, q, TN) , w.down[:, :kd] * dot_f32(v, d_state, NT))
-      dv = add(dot_f32(scores, do, TN) , w.down[:, :vd] * dot_f32(k, d_state, NN))
-      dq_ref[here, :] = dq.astype(dq_ref.dtype)
-      dk_ref[here, :] = dk.astype(dk_ref.dtype)
-      dv_ref[here, :] = dv.astype(dv_ref.dtype)
+  weights = _block_weights(plan, scalars, step, decay, ends_ref)
+  for part, w in reversed(list(enumerate(weights))):
+    q, do = (_rows(ref, part, w) for ref in (q_ref, do_ref))
+    d_states_ref[part] = d_state_ref[...].astype(plan.dtype)  # of the state after the chunk
+    added = dot_f32((w.up[:, : plan.key_dim] * q).astype(q.dtype), do, TN)
+    d_state_ref[...] = w.carry * d_state_ref[...] + added
+  for part, w in enumerate(weights):
+    tiles = [_rows(ref, part, w) for ref in rows_refs]
+    states = (states_ref[part], d_states_ref[part])
+    _backward_chunk(plan, part, w, tiles, states, (dq_ref, dk_ref, dv_ref), scores_ref.at[part % 2])
+
+
+def _backward_chunk(plan, part, w, tiles, states, out_refs, scores_ref):
+  """dq, dk and dv of one chunk. scores_ref [2, C, C] holds A and P between the two products of each.
+
+  Without it the compiler keeps them in registers and spills.
+  """
+  q, k, v, do = tiles
+  state, d_state = states
+  dq_ref, dk_ref, dv_ref = out_refs
+  key_dim, value_dim, panel = plan.key_dim, plan.value_dim, plan.panel
+  for start in range(0, plan.chunk, panel):
+    rows, stop = slice(start, start + panel), start + panel
+    mask = w.mask[rows, :stop]
+    d_scores = (dot_f32(do[rows], v[:stop], NT) * mask).astype(q.dtype)
+    scores = (dot_f32(q[rows], k[:stop], NT) * mask).astype(q.dtype)
+    dq = dot_f32(d_scores, k[:stop], NN) + w.up[rows, :key_dim] * dot_f32(do[rows], state, NT)
+    dq_ref[pl.ds(part * plan.chunk + start, panel), :] = dq.astype(dq_ref.dtype)
+    scores_ref[0, rows, :stop] = d_scores
+    scores_ref[1, rows, :stop] = scores
+  for start in range(0, plan.chunk, panel):  # rows of dk and dv: columns of the scores
+    rows, here = slice(start, start + panel), pl.ds(part * plan.chunk + start, panel)
+    d_scores, scores = scores_ref[0, start:, rows], scores_ref[1, start:, rows]
+    dk = dot_f32(d_scores, q[start:], TN) + w.down[rows, :key_dim] * dot_f32(v[rows], d_state, NT)
+    dv = dot_f32(scores, do[start:], TN) + w.down[rows, :value_dim] * dot_f32(k[rows], d_state, NN)
+    dk_ref[here, :] = dk.astype(dk_ref.dtype)
+    dv_ref[here, :] = dv.astype(dv_ref.dtype)
 
 
 def forward(plan: Plan, scalars, documents, query, key, value, initial_state, save_states: bool):
@@ -234,16 +234,16 @@ def forward(plan: Plan, scalars, documents, query, key, value, initial_state, sa
   query, key, value and output are in the kernels' layout (`to_kernel_layout`).
   """
   k, v = plan.key_dim, plan.value_dim
-  out = [_array(plan, v, plan.dtype), _state(plan)]
+  out, scratch = [_array(plan, v, plan.dtype), _state(plan)], [_states_scratch(plan)]
   if save_states:
-    out.append(_states(plan))
+    out, scratch = [*out, _states(plan)], []
   flops = plan.batch * plan.heads * plan.length * (2 * plan.chunk * (k + v) + 4 * k * v)
   operands = (query, key, value, initial_state, *documents)
   return _call(
     functools.partial(_forward_kernel, plan=plan, save_states=save_states),
     "lightning_attention_forward", plan, scalars, operands,
     (_array(plan, k), _array(plan, k), _array(plan, v), _state(plan), *_documents(plan)),
-    out, flops, reverse=False,
+    out, scratch, flops, reverse=False,
   )  # fmt: skip
 
 
@@ -252,12 +252,13 @@ def backward(plan: Plan, scalars, documents, query, key, value, d_output, d_fina
   k, v = plan.key_dim, plan.value_dim
   rows = [_array(plan, d, plan.dtype) for d in (k, k, v, v)]
   flops = plan.batch * plan.heads * plan.length * (2 * plan.chunk * (3 * k + 2 * v) + 8 * k * v)
+  scratch = [_states_scratch(plan), pltpu.VMEM((2, 2, plan.chunk, plan.chunk), plan.dtype)]
   operands = (query, key, value, d_output, d_final_state, states, *documents)
   return _call(
     functools.partial(_backward_kernel, plan=plan),
     "lightning_attention_backward", plan, scalars, operands,
     (*rows, _state(plan), _states(plan), *_documents(plan)),
-    [*rows[:3], _state(plan)], flops, reverse=True,
+    [*rows[:3], _state(plan)], scratch, flops, reverse=True,
   )  # fmt: skip
 
 
@@ -298,7 +299,7 @@ def _documents(plan):
   return (_Block(shape, jnp.int32, block, lambda b, h, t: (b, t, 0, 0)),)
 
 
-def _call(kernel, name, plan, scalars, operands, inputs, outputs, flops, reverse):
+def _call(kernel, name, plan, scalars, operands, inputs, outputs, scratch, flops, reverse):
   def spec(item):
     def index(b, h, t, *_):
       return item.place(b, h, plan.steps - 1 - t if reverse else t)
@@ -315,10 +316,10 @@ def _call(kernel, name, plan, scalars, operands, inputs, outputs, flops, reverse
       grid=(plan.batch, plan.heads, plan.steps),
       in_specs=[spec(x) for x in inputs],
       out_specs=[spec(x) for x in outputs],
-      scratch_shapes=_decay_scratch(plan),
+      scratch_shapes=[*_decay_scratch(plan), *scratch],
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),fuse_transposed_lhs_in_matmul=bool(int(__import__("os").environ.get("FT","0"))),disable_bounds_checks=bool(int(__import__("os").environ.get("DB","0"))),
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
     ),
     cost_estimate=pl.CostEstimate(
       flops=flops,
@@ -334,7 +335,11 @@ def _decay_scratch(plan):
   """mask [C, C], up [C, D] and down [C, D] (twice as many rows if padded), equal along D."""
   chunk, dim = plan.chunk, max(plan.key_dim, plan.value_dim)
   shapes = (chunk, chunk), (chunk, dim), (2 * chunk if plan.padded else chunk, dim)
-  return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]+[pltpu.VMEM((plan.rows,128),jnp.float32)]+[pltpu.VMEM((2,chunk,chunk),plan.dtype) if 0 else pltpu.VMEM((plan.unroll,plan.key_dim,plan.value_dim),plan.dtype)]
+  return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+
+
+def _states_scratch(plan):
+  return pltpu.VMEM((plan.unroll, plan.key_dim, plan.value_dim), plan.dtype)
 
 
 def kernel_shape(batch: int, length: int, heads: int, dim: int) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def _backward(chunk_size, interpret, residuals, cotangents):
   # Who asks for it pays for the portable path; where nobody does, compilation removes all of this.
   def portable(log_decay):
     args = (r.query, r.key, r.value, log_decay, r.initial_state, r.segments, r.lengths)
-    return lightning_attention_xla(*args)
+    return lightning_attention_xla(*args, plan.chunk)
 
   (d_log_decay,) = jax.vjp(portable, r.log_decay)[1](cotangents)
   grads = (tpu.from_kernel_layout(x, plan.heads) for x in grads)
@@ -95,10 +95,10 @@ def _plan(query, value, segments, lengths, chunk_size, interpret):
       "lightning_attention: query must be float32 or bfloat16 for the TPU kernels; got "
       f'{query.dtype} (cast it, or use implementation="xla")'
     )
-  chunk, unroll = choose_blocks(length, key_dim, value_dim, query.dtype, chunk_size)
+  chunk, panel, unroll = choose_blocks(length, key_dim, value_dim, query.dtype, chunk_size)
   padded = lengths is not None or length % (chunk * unroll) != 0
   return tpu.Plan(
-    batch, length, heads, key_dim, value_dim, query.dtype, chunk, unroll, padded,
+    batch, length, heads, key_dim, value_dim, query.dtype, chunk, panel, unroll, padded,
     segments is not None, interpret,
   )  # fmt: skip
 

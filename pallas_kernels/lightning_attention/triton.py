@@ -12,6 +12,7 @@ from ..triton_call import Gpu, Launch
 
 KERNELS = f"{__package__}.triton_kernels"
 MAX_DIM = 512
+MAX_PIECES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +44,60 @@ class Config:
 
   chunk: int  # rows of one step
   pieces: int  # parts of the sequence that are swept side by side
-  over_key: Tile  # sweeps that contract K: output, dv
+  output: Tile  # the forward sweep, which contracts K
+  over_key: Tile  # the other sweeps that contract K: dv, sums
   over_value: Tile  # sweeps that contract V: dq, dk
 
 
 def choose_config(problem: Problem, gpu: Gpu, chunk_size: int | None = None) -> Config:
   """Block sizes by rule; nothing is timed.
 
-  A sweep is bound by memory traffic as long as enough programs run, two per multiprocessor. Few
-  heads therefore first split the sequence in pieces, which costs one more read of key and value,
-  and only where that leaves pieces shorter than 8 chunks, take narrower tiles, which read query and
-  key more often (from L2).
+  A forward sweep moves 2 (2 K + 2 V) bytes and does about 100 kFLOP per token and head of 128, so
+  memory bounds it as long as every multiprocessor has a program. Heads that fill the GPU alone get
+  one program each, eight warps and two chunks in flight; fewer heads get narrower tiles, which read
+  query and key once more (from L2); still fewer split the sequence, which reads key and value once
+  more, unless pieces got shorter than 8 chunks.
   """
   float32 = jnp.dtype(problem.dtype) == jnp.float32
-  largest = max(block_of(problem.key_dim), block_of(problem.value_dim))
-  chunk = chunk_size or _chunk(largest, float32)
-  over_key = _tile(problem.key_dim, problem.value_dim, float32, gpu)
-  over_value = _tile(problem.value_dim, problem.key_dim, float32, gpu)
+  blocks = block_of(problem.key_dim), block_of(problem.value_dim)
+  chunk = chunk_size or _chunk(max(blocks), float32, gpu)
+  tile = _tile(blocks[0], float32, gpu)
+  heads = problem.batch * problem.heads
+  programs = heads * -(-problem.value_dim // tile.width)
   pieces = 1
-  programs = problem.batch * problem.heads * -(-problem.value_dim // over_key.width)
   if programs < 0.75 * gpu.multiprocessors:
     chunks = -(-problem.length // chunk)
-    wanted = -(-2 * gpu.multiprocessors // programs)
-    pieces = max(1, min(wanted, chunks // 8, 16))
-    if pieces < wanted // 2 and over_key.width > 32:
-      over_key = dataclasses.replace(over_key, width=32)
-  return Config(chunk, pieces, over_key, over_value)
+    pieces = max(1, min(-(-2 * gpu.multiprocessors // programs), chunks // 8, MAX_PIECES))
+  output = tile
+  if tile == _MAIN:
+    if heads >= 0.7 * gpu.multiprocessors and blocks[1] >= 128:
+      output = Tile(128, 8, 3)
+    elif programs * pieces <= gpu.multiprocessors:
+      output = Tile(64, 4, 3)  # one program per multiprocessor: room for one more chunk in flight
+  return Config(chunk, pieces, output, tile, _tile(blocks[1], float32, gpu))
 
 
-def _chunk(dim: int, float32: bool) -> int:
-  """64 rows are what one warpgroup multiplies; larger heads or elements must fit shared memory."""
-  return 32 if float32 or dim > 256 else 64
+# Compiled for sm_90 this uses every register, 80 KiB of shared memory and the warpgroup products,
+# and two programs share a multiprocessor, one loading while the other multiplies.
+_MAIN = Tile(64, 4, 2)
 
 
-def _tile(dim: int, width: int, float32: bool, gpu: Gpu) -> Tile:
-  return Tile(64, 4, 2)
+def _chunk(dim: int, float32: bool, gpu: Gpu) -> int:
+  """Rows of a chunk: what one warpgroup multiplies where there are warpgroups, else registers."""
+  if float32:
+    return 32 if dim <= 64 else 16
+  if dim > 256:
+    return 16
+  return 64 if gpu.compute_capability // 10 in (9, 10) else 32
+
+
+def _tile(dim: int, float32: bool, gpu: Gpu) -> Tile:
+  """The tile of a sweep with a contracted axis of `dim`: a state of [width, dim] in registers."""
+  if float32:
+    return Tile(32, 4, 2) if dim <= 128 else Tile(16, 4 if dim <= 256 else 8, 1)
+  if dim <= 128:
+    return _MAIN
+  return Tile(64, 8, 2) if dim <= 256 else Tile(32, 8, 1)
 
 
 def block_of(dim: int) -> int:
@@ -95,7 +115,7 @@ def forward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
     launches.append(_sums(problem, config, ("key", "value"), "sums", reverse=False))
   outputs = dict(output=_rows(problem, problem.value_dim), final_state=_state(problem))
   inputs = ("query", "key", "value", *_positions(problem), "initial_state", _sums_name(config))
-  launches.append(_sweep(problem, config, "forward_kernel", inputs, outputs))
+  launches.append(_over_key(problem, config, "forward_kernel", inputs, outputs, config.output))
   return tuple(launches)
 
 
@@ -112,23 +132,35 @@ def backward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
   of_keys = {name: _rows(problem, problem.key_dim) for name in ("d_key", "d_query")}
   arrays = ("query", "key", "value", *_positions(problem), "initial_state", sums)
   arrays += ("d_output", "d_final_state", d_sums)
-  if problem.key_dim == problem.value_dim and config.over_key == config.over_value:
-    kernel = "gradients_kernel"
-    launches.append(_sweep(problem, config, kernel, arrays, of_value | of_keys, roles=3))
+  tile = config.over_key
+  if problem.key_dim == problem.value_dim and tile == config.over_value:
+    kernel, outputs = "gradients_kernel", of_value | of_keys
+    launches.append(_over_key(problem, config, kernel, arrays, outputs, tile, roles=3))
     return tuple(launches)
   few = ("query", "key", *_positions(problem), "d_output", "d_final_state", d_sums)
-  launches.append(_sweep(problem, config, "value_gradient_kernel", few, of_value))
-  kernel = "key_query_gradient_kernel"
-  launches.append(_sweep(problem, config, kernel, arrays, of_keys, roles=2, over_value=True))
+  launches.append(_over_key(problem, config, "value_gradient_kernel", few, of_value, tile))
+  dims = (problem.value_dim, problem.key_dim)
+  kernel, tile = "key_query_gradient_kernel", config.over_value
+  launches.append(_sweep(problem, config, kernel, arrays, of_keys, tile, dims, roles=2))
   return tuple(launches)
 
 
-def _sweep(problem, config, kernel, inputs, outputs, roles=1, over_value=False, **more):
+def _over_key(problem, config, kernel, inputs, outputs, tile, **more):
   dims = (problem.key_dim, problem.value_dim)
-  dim, width = reversed(dims) if over_value else dims
-  tile = config.over_value if over_value else config.over_key
+  return _sweep(problem, config, kernel, inputs, outputs, tile, dims, **more)
+
+
+def _sums(problem, config, pair, name, reverse):
+  shape = (config.pieces - 1, *_state(problem).shape)
+  outputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32)}
+  inputs, more = (*pair, *_positions(problem)), dict(skipped=1, REVERSE=reverse)
+  return _over_key(problem, config, "sums_kernel", inputs, outputs, config.over_key, **more)
+
+
+def _sweep(problem, config, kernel, inputs, outputs, tile, dims, roles=1, skipped=0, **more):
+  """`dims` are the contracted axis and the columns; `roles` sweeps share a launch."""
+  dim, width = dims
   heads = problem.batch * problem.heads
-  pieces = config.pieces - 1 if kernel == "sums_kernel" else config.pieces
   constants = dict(
     HEADS_ALL=heads,
     T=problem.length,
@@ -145,16 +177,9 @@ def _sweep(problem, config, kernel, inputs, outputs, roles=1, over_value=False, 
     # float32 as three products of tf32 parts: close to float32 and still on the tensor cores.
     PRECISION="tf32x3",
   )
-  grid = (roles * -(-width // tile.width) * heads * pieces,)
+  grid = (roles * -(-width // tile.width) * heads * (config.pieces - skipped),)
   name = f"{KERNELS}:{kernel}"
   return Launch(name, grid, inputs, outputs, constants | more, tile.num_warps, tile.num_stages)
-
-
-def _sums(problem, config, pair, name, reverse):
-  shape = (config.pieces - 1, *_state(problem).shape)
-  outputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32)}
-  inputs = (*pair, *_positions(problem))
-  return _sweep(problem, config, "sums_kernel", inputs, outputs, REVERSE=reverse)
 
 
 def piece_length(problem: Problem, config: Config) -> int:

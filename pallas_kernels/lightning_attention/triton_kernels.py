@@ -13,6 +13,9 @@ over the piece chunk by chunk with its slice of the state in registers. Pieces (
 heads) start from the initial state and the sums of the pieces before, which an earlier launch of
 the same sweep, without outputs, wrote.
 
+Tiles are multiplied transposed, columns of the value first: the state is then the left operand of
+the next chunk's product as it lies in registers, and needs no way through shared memory.
+
 Import this module only where a GPU is compiled for: it imports triton. Sizes are compile-time
 constants (jax knows them), so strides need no arguments and aligned shapes need no masks.
 """
@@ -22,9 +25,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_tile(pointer, rows, columns, row_stride, row_end, DIM: tl.constexpr, ROWS_FULL: tl.constexpr, COLUMNS_FULL: tl.constexpr):  # fmt: skip
-  """[rows, columns] of a strided matrix; what lies outside reads as 0."""
-  tile = pointer + rows[:, None] * row_stride + columns[None, :]
+def _load_tile(
+  pointer,
+  rows,
+  columns,
+  row_end,
+  H: tl.constexpr,
+  DIM: tl.constexpr,
+  ROWS_FULL: tl.constexpr,
+  COLUMNS_FULL: tl.constexpr,
+):
+  """[rows, columns] of one head of a [T, H, DIM] array; what lies outside reads as 0."""
+  tile = pointer + rows[:, None] * (H * DIM) + columns[None, :]
   if ROWS_FULL and COLUMNS_FULL:
     return tl.load(tile)
   if ROWS_FULL:
@@ -36,7 +48,7 @@ def _load_tile(pointer, rows, columns, row_stride, row_end, DIM: tl.constexpr, R
 
 @triton.jit
 def _segment_before(segments, position, length):
-  """Document of the last real token before `position`; that of the initial state, 0, at the start."""
+  """Document of the last real token before `position`; 0, the initial state's, at the start."""
   last = tl.minimum(position, length) - 1
   return tl.load(segments + tl.maximum(last, 0), mask=last >= 0, other=0)
 
@@ -89,13 +101,13 @@ def _sweep(
   # Offsets beyond 2^31 elements happen (a million tokens of 16 heads of 128), so these are int64.
   key_base = (batch * T * H + head) * DIM
   value_base = (batch * T * H + head) * WIDTH
-  state_mask = (dims[:, None] < DIM) & (columns[None, :] < WIDTH)
-  state_tile = dims[:, None] * state_row + columns[None, :] * state_column
+  state_mask = (columns[:, None] < WIDTH) & (dims[None, :] < DIM)
+  state_tile = columns[:, None] * state_column + dims[None, :] * state_row
   state_base = head_index.to(tl.int64) * (DIM * WIDTH)
   sums_stride = tl.full((), HEADS_ALL * DIM * WIDTH, tl.int64)
   shift = tl.where(reverse, 1, 0)  # the piece that is swept last has no sum
 
-  state = tl.zeros((DIM_BLOCK, WIDTH_BLOCK), tl.float32)
+  state = tl.zeros((WIDTH_BLOCK, DIM_BLOCK), tl.float32)
   if OUTPUT:
     state = tl.load(start_state + state_base + state_tile, mask=state_mask, other=0.0)
     if PIECES > 1:
@@ -113,8 +125,8 @@ def _sweep(
   ALIGNED: tl.constexpr = (T % CHUNK == 0) and not LENGTHS
   DIMS_FULL: tl.constexpr = DIM == DIM_BLOCK
   WIDTH_FULL: tl.constexpr = WIDTH % WIDTH_BLOCK == 0
-  distance = (rows[:, None] - rows[None, :]) * tl.where(reverse, -1, 1)
-  causal = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)  # [C, C]
+  distance = (rows[None, :] - rows[:, None]) * tl.where(reverse, -1, 1)
+  causal = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)  # as scores
   piece_start = piece * PIECE
   chunks = (tl.minimum(PIECE, T - piece_start) + CHUNK - 1) // CHUNK
   for step in range(chunks):
@@ -139,23 +151,24 @@ def _sweep(
     enter = tl.where(reverse, up, down)
 
     offset = start.to(tl.int64) * H
-    k = _load_tile(key + key_base + offset * DIM, rows, dims, H * DIM, count, DIM, ALIGNED, DIMS_FULL)  # fmt: skip
-    v = _load_tile(value + value_base + offset * WIDTH, rows, columns, H * WIDTH, count, WIDTH, ALIGNED, WIDTH_FULL)  # fmt: skip
+    of_key = key_base + offset * DIM
+    of_value = value_base + offset * WIDTH
+    k = _load_tile(key + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)  # [C, DIM]
+    v = _load_tile(value + of_value, rows, columns, count, H, WIDTH, ALIGNED, WIDTH_FULL)
     if OUTPUT:
-      q = _load_tile(query + key_base + offset * DIM, rows, dims, H * DIM, count, DIM, ALIGNED, DIMS_FULL)  # fmt: skip
-      scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * weights  # [C, C]
-      out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * leave[:, None]
-      out = tl.dot(scores.to(v.dtype), v, out, input_precision=PRECISION)  # [C, WIDTH_BLOCK]
-      place = output + value_base + offset * WIDTH + rows[:, None] * (H * WIDTH) + columns[None, :]
+      q = _load_tile(query + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)
+      scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * weights  # [C keys, C queries]
+      out = tl.dot(state.to(q.dtype), tl.trans(q), input_precision=PRECISION) * leave[None, :]
+      out = tl.dot(tl.trans(v), scores.to(v.dtype), out, input_precision=PRECISION)
+      out = tl.trans(out).to(output.dtype.element_ty)  # [C, WIDTH_BLOCK]
+      place = output + of_value + rows[:, None] * (H * WIDTH) + columns[None, :]
       if ALIGNED and WIDTH_FULL:
-        tl.store(place, out.to(output.dtype.element_ty))
+        tl.store(place, out)
       else:
         # Rows of padding are stored too: their query read as 0, so they are 0.
-        kept = (start + rows[:, None] < T) & (columns[None, :] < WIDTH)
-        tl.store(place, out.to(output.dtype.element_ty), mask=kept)
-    # Scaling the value and not the key keeps the smaller tile in registers.
+        tl.store(place, out, mask=(start + rows[:, None] < T) & (columns[None, :] < WIDTH))
     entering = (v * enter[:, None]).to(v.dtype)
-    state = tl.dot(tl.trans(k), entering, state * carry, input_precision=PRECISION)
+    state = tl.dot(tl.trans(entering), k, state * carry, input_precision=PRECISION)
 
   if not OUTPUT:
     added = sums + (piece - shift) * sums_stride + state_base + state_tile
@@ -173,7 +186,7 @@ def sums_kernel(
   PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
   PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-  """What every piece but the last swept adds to a state: grid (value tiles * B H * (PIECES - 1),)."""
+  """What each piece but the last swept adds to a state: grid (tiles * B H * (PIECES - 1),)."""
   TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
   program = tl.program_id(0)
   rest = program // TILES
@@ -274,7 +287,7 @@ def key_query_gradient_kernel(
   PIECE: tl.constexpr, PIECES: tl.constexpr, SEGMENTS: tl.constexpr, LENGTHS: tl.constexpr,
   PRECISION: tl.constexpr,
 ):  # fmt: skip
-  """dk and dq: grid (2 * key tiles * B H * PIECES,); DIM is V, WIDTH is K, the states transposed."""
+  """dk and dq: grid (2 * key tiles * B H * PIECES,); DIM is V and WIDTH is K."""
   TILES: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK
   program = tl.program_id(0)
   of_key = program % 2 == 0

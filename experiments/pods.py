@@ -1,0 +1,254 @@
+"""TPU slices that are not there: their devices, and what a program compiled for them does.
+
+libtpu compiles for any slice on any host. `prepare` before jax touches a device, `slice_devices` for
+the devices to put into a mesh, and `analyse` for the compiled text: collectives, kernels, arrays.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+GIB = 2**30
+# What libtpu asks of a host that has no TPU; read when it is loaded.
+_ENVIRONMENT = dict(
+  TPU_SKIP_MDS_QUERY="1",
+  TPU_WORKER_HOSTNAMES="localhost",
+  TPU_ACCELERATOR_TYPE="v5litepod-4",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  TPU_LOG_DIR="disabled",
+)
+
+
+class Chip(NamedTuple):
+  """One generation. A device is what jax lists: the chip, or on tpu7x one of its two halves."""
+
+  hbm_gib: int  # of a device
+  dimensions: int  # of the slices' shapes
+  example: str  # of a slice
+  options: dict[str, str]  # of `get_topology_desc`
+
+
+CHIPS = {
+  "v4": Chip(32, 3, "v4:2x2x4", {"chip_config_name": "megacore"}),
+  "v5e": Chip(16, 2, "v5e:4x4", {}),
+  "v5p": Chip(95, 3, "v5p:2x2x4", {}),
+  "v6e": Chip(32, 2, "v6e:4x4", {}),
+  "tpu7x": Chip(96, 3, "tpu7x:2x2x4", {}),
+}
+
+
+def prepare() -> None:
+  """Makes this process ready to compile for absent TPUs. Call before jax looks for devices."""
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  jax.config.update("jax_platforms", "cpu")
+
+
+def chip_of(topology: str) -> Chip:
+  """The generation that a topology such as "v5e:4x4" names.
+
+  Raises:
+    ValueError: the name is not `<chip>:<shape>` of a known chip.
+  """
+  name, colon, shape = topology.partition(":")
+  examples = ", ".join(chip.example for chip in CHIPS.values())
+  if name not in CHIPS:
+    near = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.4)
+    hint = f"did you mean {CHIPS[near[0]].example!r}? " if near else ""
+    _fail("name a known chip", topology, f"{hint}such as {examples}")
+  chip = CHIPS[name]
+  sides = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)
+  if not colon or not sides or shape.count("x") + 1 != chip.dimensions:
+    rule = f"give {chip.dimensions} sides after {name}:"
+    _fail(rule, topology, f"such as {chip.example}; its sides multiply to the number of chips")
+  return chip
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice, to compile for.
+
+  Raises:
+    ValueError: a name or shape that there is not.
+    NotImplementedError: libtpu is not installed.
+  """
+  chip = chip_of(topology)
+  if importlib.util.find_spec("libtpu") is None:
+    raise NotImplementedError(
+      "slice_devices: compiling for a TPU needs the package libtpu, which is not installed (pip"
+      ' install "libtpu>=0.0.50.1", on Linux x86-64; no TPU is needed)'
+    )
+  from jax.experimental import topologies
+
+  try:
+    return list(topologies.get_topology_desc(topology, "tpu", **chip.options).devices)
+  except jax.errors.JaxRuntimeError as error:
+    _fail("be a slice that exists", topology, f"such as {chip.example}; libtpu: {error}")
+
+
+def _fail(rule: str, topology: str, hint: str):
+  raise ValueError(f"topology: must {rule}; got {topology!r} ({hint})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One exchange between devices, as often as a step runs it."""
+
+  kind: str  # "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"
+  count: int  # loops multiplied out
+  bytes: int  # of the whole array on each device, once: the larger of operand and result
+  shapes: tuple[str, ...]
+  source: str  # where in the program
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """What the text of a compiled TPU program tells."""
+
+  collectives: tuple[Collective, ...]
+  kernels: dict[str, int]  # name of a Pallas kernel -> calls, loops multiplied out
+  largest_array: tuple[str, int]  # (shape, bytes) of the largest array on a device
+  unknown_loops: int  # whose number of turns is not in the text; counted once
+
+  def totals(self) -> dict[str, dict[str, int]]:
+    """Kind -> count and bytes of all its collectives."""
+    table: dict[str, dict[str, int]] = {}
+    for one in self.collectives:
+      row = table.setdefault(one.kind, dict(count=0, bytes=0))
+      row["count"] += one.count
+      row["bytes"] += one.count * one.bytes
+    return dict(sorted(table.items()))
+
+
+class _Line(NamedTuple):
+  """One instruction."""
+
+  result: str  # type
+  op: str
+  operands: str
+  rest: str  # attributes
+
+
+class _Visit(NamedTuple):
+  """An instruction that runs, and how often."""
+
+  line: _Line
+  count: int
+  computation: str
+
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_SIZES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, s64=8, u64=8, f64=8)  # fmt: skip
+_ARRAY = re.compile(rf"\b({'|'.join(_SIZES)})\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_OP = re.compile(r"(?:^|[)\]}] )([a-z][a-z0-9\-]*)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+
+
+def analyse(text: str) -> Analysis:
+  """Reads `compiled.as_text()` of a program for TPUs."""
+  computations, entry = _parse(text)
+  loops = [0]
+  collectives: dict[str, Collective] = {}
+  kernels: dict[str, int] = {}
+  arrays: dict[str, int] = {}
+  for line, count, computation in _walk(computations, entry, 1, loops):
+    for found in _ARRAY.finditer(line.result):
+      arrays[found[0]] = _bytes(found[0])
+    kind = line.op.removesuffix("-start")
+    if 'custom_call_target="tpu_custom_call"' in line.rest:
+      name = _kernel_name(line)
+      kernels[name] = kernels.get(name, 0) + count
+    elif kind in _KINDS:
+      one = _collective(line, kind, count, computation)
+      # One that overlaps with computation appears in pieces that share its channel. Where it is
+      # spread over a loop, the piece that starts it outside tells how often it runs.
+      channel = re.search(r"channel_id=(\d+)", line.rest)
+      name = channel[1] if channel else f"{computation} {line}"
+      if name not in collectives or count < collectives[name].count:
+        collectives[name] = one
+  largest = max(arrays.items(), key=lambda item: item[1], default=("", 0))
+  ordered = sorted(collectives.values(), key=lambda one: -one.count * one.bytes)
+  return Analysis(tuple(ordered), kernels, largest, loops[0])
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
+  computations: dict[str, list[_Line]] = {}
+  current, entry = None, ""
+  for raw in text.splitlines():
+    if header := _HEADER.match(raw):
+      current = computations.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif raw.startswith("}"):
+      current = None
+    elif current is not None and " = " in raw:
+      right = raw.split(" = ", 1)[1]
+      if op := _OP.search(right):
+        operands, _, rest = right[op.end() :].partition("), ")
+        current.append(_Line(right[: op.start() + 1], op[1], operands, rest))
+  return computations, entry
+
+
+def _walk(computations, name: str, count: int, loops: list[int]) -> Iterator[_Visit]:
+  for line in computations[name]:
+    yield _Visit(line, count, name)
+    if line.op == "while":
+      turns = _turns(computations, re.search(r"condition=%?([\w.\-]+)", line.rest)[1])
+      loops[0] += turns is None
+      body = re.search(r"body=%?([\w.\-]+)", line.rest)[1]
+      yield from _walk(computations, body, count * (turns or 1), loops)
+    elif line.op in ("call", "conditional", "fusion") or line.op.startswith("async-"):
+      for called in _CALLED.findall(line.rest):
+        if called in computations:
+          yield from _walk(computations, called, count, loops)
+
+
+def _turns(computations, condition: str) -> int | None:
+  """Turns of a loop that counts from 0: the one integer that its condition compares with."""
+  limits = {
+    int(line.operands.partition(")")[0])
+    for line in computations.get(condition, ())
+    if line.op == "constant" and line.result.startswith("s32[]")
+  }
+  return limits.pop() if len(limits) == 1 else None
+
+
+def _collective(line: _Line, kind: str, count: int, computation: str) -> Collective:
+  # The compiler writes a reduce-scatter as one fused all-reduce and slice.
+  if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    kind = "reduce-scatter"
+  arrays = [found[0] for found in _ARRAY.finditer(line.result)]
+  if kind == "all-gather" and line.op.endswith("-start"):  # (operands, results)
+    arrays = arrays[len(arrays) // 2 :]
+  size = sum(map(_bytes, arrays))
+  if kind == "reduce-scatter" and line.op == "reduce-scatter":
+    size *= _group_size(line.rest)
+  source = re.search(r'op_name="([^"]*)"', line.rest)
+  return Collective(kind, count, size, tuple(arrays), source[1] if source else "")
+
+
+def _group_size(rest: str) -> int:
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+  if listed:
+    return listed[1].count(",") + 1
+  shaped = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+  return int(shaped[1]) if shaped else 1
+
+
+def _kernel_name(line: _Line) -> str:
+  name = re.search(r'kernel_name\W+([\w.\-]+)', line.rest)
+  path = re.search(r'op_name="([^"]*)"', line.rest)
+  if name:
+    return name[1]
+  return path[1].rsplit("/", 1)[-1] if path else "unnamed"
+
+
+def _bytes(array: str) -> int:
+  kind, sides = _ARRAY.fullmatch(array).groups()
+  return _SIZES[kind] * math.prod(int(side) for side in sides.split(",") if side)
