@@ -18,7 +18,9 @@ from attnzoo.experiments import command_line
 from attnzoo.experiments.training import config, loop, summary
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", command_line.DEFAULT_CONFIG, "Experiment: a file, or the name of one in configs/."
+  "config",
+  None,  # filled in by command_line, so that errors in overrides are reported like all others
+  f"Experiment: a file, or the name of one in configs/; {command_line.DEFAULT_CONFIG} if not given.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Folder of the run; empty = runs/<name of the config>."

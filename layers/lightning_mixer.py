@@ -130,14 +130,15 @@ class LightningMixer(nnx.Module):
     """
     del deterministic  # nothing here is random
     batch, length, _ = x.shape
-    if state is None:
-      state = self.init_state(batch)
-    if positions is None:
-      positions = state.position[:, None] + jnp.arange(length)
+    fresh = state is None
+    state = self.init_state(batch) if fresh else state
+    if positions is None:  # [1, T] at the start of all rows: the phases of LRPE are computed once
+      positions = jnp.arange(length)[None] + (0 if fresh else state.position[:, None])
     query, key, value, gate = self._project(x, positions)
     output, memory = self._attend(query, key, value, state.memory, segment_ids, lengths)
     output = constrain(output, "batch", "length", "heads", None)
     last = jnp.full((batch,), length) if lengths is None else lengths
+    positions = jnp.broadcast_to(positions, (batch, length))
     following = jnp.take_along_axis(positions, jnp.maximum(last - 1, 0)[:, None], axis=1)[:, 0] + 1
     following = jnp.where(last == 0, state.position, following)
     return self._finish(output, gate), LightningState(memory, following.astype(jnp.int32))

@@ -9,7 +9,7 @@ from .partitioning import logical
 
 
 def lrpe(
-  x: Float[Array, "B T H K"], theta: Float[Array, "H K"], positions: Int[Array, "B T"]
+  x: Float[Array, "B T H K"], theta: Float[Array, "H K"], positions: Int[Array, "#B T"]
 ) -> Float[Array, "B T H 2*K"]:
   """concat(x cos(theta t), x sin(theta t)): scores depend on the distance of two tokens alone.
 
@@ -31,6 +31,6 @@ class LRPE(nnx.Module):
     self.theta = nnx.Param(jnp.asarray(theta, param_dtype), **logical("heads", None))
 
   def __call__(
-    self, x: Float[Array, "B T H K"], positions: Int[Array, "B T"]
+    self, x: Float[Array, "B T H K"], positions: Int[Array, "#B T"]
   ) -> Float[Array, "B T H 2*K"]:
     return lrpe(x, self.theta[...], positions)

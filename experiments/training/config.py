@@ -61,7 +61,7 @@ class TrainConfig:
   seed: int = 0  # of the initial weights; the order of the data has its own
   log_every: int = 10  # steps
   eval_every: int = 200  # steps; 0 = at the end only
-  eval_tokens: int = 0  # of validation text at most; 0 = all
+  eval_tokens: int = 0  # of the validation text while training; 0 = all, as at the end
   sample_tokens: int = 200  # printed at the end
   checkpoint_every: int = 200  # steps
   keep_last: int = 2  # newest checkpoints kept

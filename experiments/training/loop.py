@@ -43,7 +43,9 @@ class Outcome(NamedTuple):
 
   run: Run
   state: state.TrainState
-  evaluation: Evaluation | None  # None if a SIGTERM stopped the run early; its state is saved
+  evaluation: (
+    Evaluation | None
+  )  # of all validation text; None if a SIGTERM stopped the run early; its state is saved
 
 
 def train(
@@ -94,6 +96,8 @@ def _run(run: Run, current: state.TrainState) -> Outcome:
   try:
     with _sigterm() as stop:
       current, evaluation = _steps(run, current, metrics, stop)
+    if evaluation is not None and run.experiment.train.eval_tokens:
+      evaluation = _evaluate(run, current, max_tokens=0)  # at the end of everything
   finally:
     metrics.close()
     run.saved.wait()
@@ -106,7 +110,7 @@ def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
   step_function = jax.jit(state.make_train_step(run.experiment, run.parts), donate_argnums=0)
   progress = _progress(run)
   if run.first_step == run.last_step:
-    return current, _evaluate(run, current)
+    return current, _evaluate(run, current, train.eval_tokens)
   pending = None  # (step, metrics) that were not looked at yet, so that one step is under way
   for step in range(run.first_step + 1, run.last_step + 1):
     current, result = step_function(current, place_batch(next(run.batches), run.mesh))
@@ -125,7 +129,7 @@ def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
     if log:
       metrics.write(step, {**values, **progress.show(step, values["loss"])})
     began = time.monotonic()
-    evaluation = _evaluate(run, current) if assess else None
+    evaluation = _evaluate(run, current, train.eval_tokens) if assess else None
     if evaluation is not None:
       metrics.write(step, evaluation.metrics())
       progress.say(f"step {step}/{run.last_step}  validation  {evaluation.describe()}")
@@ -138,14 +142,14 @@ def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
   return current, evaluation
 
 
-def _evaluate(run: Run, current: state.TrainState) -> Evaluation:
+def _evaluate(run: Run, current: state.TrainState, max_tokens: int) -> Evaluation:
   return evaluate(
     run.eval_step,
     current.params,
     run.corpus,
     run.experiment.data,
     run.mesh,
-    max_tokens=run.experiment.train.eval_tokens,
+    max_tokens=max_tokens,
   )
 
 

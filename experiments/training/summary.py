@@ -8,9 +8,11 @@ from attnzoo.experiments.data import DataConfig, read_text
 from attnzoo.experiments.generation import Sampling, generate
 
 from . import reports, state
+from .evaluation import Evaluation
 from .loop import Outcome, Run
 
 BASELINES_FILE = "baselines.json"
+RESULT_FILE = "result.json"
 
 
 def finish(outcome: Outcome) -> None:
@@ -20,9 +22,12 @@ def finish(outcome: Outcome) -> None:
     print(f"Stopped at step {int(outcome.state.step)}; the same command goes on from there.")
     reports.draw_curves(run.workdir)
     return
+  evaluation = outcome.evaluation
   marks = _baselines(run) if run.experiment.train.baselines else {}
-  print(_table(outcome, marks))
-  per_byte, loss = outcome.evaluation.bits_per_byte, outcome.evaluation.loss
+  print(_table(evaluation, marks))
+  record = dict(step=int(outcome.state.step), **evaluation._asdict(), baselines=marks)
+  (run.workdir / RESULT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+  per_byte, loss = evaluation.bits_per_byte, evaluation.loss
   to_target_bits = loss / math.log(2) / per_byte if per_byte else 1.0
   curves = reports.draw_curves(run.workdir, {n: v * to_target_bits for n, v in marks.items()})
   if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None:
@@ -31,8 +36,7 @@ def finish(outcome: Outcome) -> None:
   print(f"checkpoints {run.workdir / 'checkpoints'}")
 
 
-def _table(outcome: Outcome, marks: dict[str, float]) -> str:
-  evaluation = outcome.evaluation
+def _table(evaluation: Evaluation, marks: dict[str, float]) -> str:
   if evaluation.bits_per_byte is None:
     return f"validation  {evaluation.describe()}"
   figures = {**marks, "this model": evaluation.bits_per_byte}

@@ -72,7 +72,9 @@ def kernels(compiled: jax.stages.Compiled) -> dict[str, Kernel]:
     if 'custom_call_target="tpu_custom_call"' not in definition:
       continue
     operands = re.findall(r"%([\w.\-]+)", definition.split("custom-call(")[1].split(")")[0])
-    vmem = re.search(r'scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)', line)
+    vmem = re.search(
+      r'scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)', line
+    )
     moved = _bytes_of(shapes[name]) + sum(_bytes_of(shapes[operand]) for operand in operands)
     found[name] = Kernel(int(vmem[1]) if vmem else 0, moved)
   return found

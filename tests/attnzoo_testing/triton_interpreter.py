@@ -27,7 +27,9 @@ def interpret(programs: list[tuple], timeout: float = 600) -> list[dict[str, np.
       if array.dtype.name not in SUPPORTED:
         raise ValueError(f"interpret: {name} must be one of {SUPPORTED}; got {array.dtype}")
   paths = [str(pathlib.Path(__file__).parents[1]), *sys.path]
-  environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(filter(None, paths)))
+  environment = dict(
+    os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join(filter(None, paths))
+  )
   with tempfile.TemporaryDirectory() as folder:
     files = [os.path.join(folder, name) for name in ("programs", "results")]
     with open(files[0], "wb") as file:
