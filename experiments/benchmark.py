@@ -13,6 +13,8 @@ a case cut to one row, one head and at most 1024 tokens, which the column "of" s
 """
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import re
 import sys
@@ -30,23 +32,33 @@ from attnzoo.pallas_kernels.cases import tagged
 
 PASSES = ("forward", "forward_backward", "step")
 DTYPES = ("float32", "bfloat16")
-_OPERATOR = flags.DEFINE_string("operator", "lightning_attention", "Name in the operators' table.")
-_CASE = flags.DEFINE_string("case", "", "Regular expression: only cases whose name it is found in.")
-_PASSES = flags.DEFINE_list("passes", list(PASSES), f"Among {', '.join(PASSES)}.")
-_IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", None, "Of the operator; by default xla and the kernel of this platform."
-)
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Default: float32 on a CPU, else bfloat16.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Most runs of each candidate.", lower_bound=3)
-_SECONDS = flags.DEFINE_float(
-  "seconds", 4.0, "A candidate stops after 3 runs when they took this long; a peer whose one run "
-  "would take longer (by its time at a shorter length) is skipped.",
-)  # fmt: skip
-_MEMORY = flags.DEFINE_float("memory_gb", 4.0, "Peers with larger [T, T] buffers are skipped.")
-_PEERS = flags.DEFINE_bool("peers", True, "Time other people's code too.")
-_JSON = flags.DEFINE_string("json", None, "Write the results here.")
-_COMPARE = flags.DEFINE_string("compare", None, "JSON of an earlier run to compare with.")
-_PLOT = flags.DEFINE_string("plot", None, "Write a plot of time against length here (PNG).")
+FLAGS = flags.FLAGS
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Not done at import: other programs of this folder have flags of the same names."""
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  several = functools.partial(flags.DEFINE_list, flag_values=values)
+  number = functools.partial(flags.DEFINE_float, flag_values=values)
+  string("operator", "lightning_attention", "Name in the operators' table.")
+  string("case", "", "Regular expression: only cases whose name it is found in.")
+  several("passes", list(PASSES), f"Among {', '.join(PASSES)}.")
+  several("implementations", None, "Of the operator; by default xla and this platform's kernel.")
+  flags.DEFINE_enum(
+    "dtype", None, DTYPES, "Default: float32 on a CPU, else bfloat16.", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "repeats", 7, "Most runs of each candidate.", lower_bound=3, flag_values=values
+  )
+  number(
+    "seconds", 4.0, "A candidate stops after 3 runs when they took this long; a peer whose one run "
+    "would take longer, by its time at a shorter length, is skipped.",
+  )  # fmt: skip
+  number("memory_gb", 4.0, "Peers with larger [T, T] buffers are skipped.")
+  flags.DEFINE_bool("peers", True, "Time other people's code too.", flag_values=values)
+  string("json", None, "Write the results here.")
+  string("compare", None, "JSON of an earlier run to compare with.")
+  string("plot", None, "Write a plot of time against length here (PNG).")
 
 
 @dataclasses.dataclass
@@ -69,38 +81,38 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"flags begin with --; got {argv[1]!r} (see --help)")
   session = make_session()
-  cases = choose_cases(session, _CASE.value)
-  if unknown := set(_PASSES.value) - set(PASSES):
+  cases = choose_cases(session, FLAGS.case)
+  if unknown := set(FLAGS.passes) - set(PASSES):
     raise app.UsageError(f"--passes must be among {PASSES}; got {sorted(unknown)}")
   old = None
-  if _COMPARE.value:
-    with open(_COMPARE.value) as file:
+  if FLAGS.compare:
+    with open(FLAGS.compare) as file:
       old = json.load(file)
   env = report.environment()
   log(report.head_line(env))
   rows, skipped = [], {}
   for case in cases:
-    for pass_name in _PASSES.value:
+    for pass_name in FLAGS.passes:
       rows += measure(session, case, pass_name, skipped)
   print(report.head_line(env))
   print(f"{session.operator.name}, {session.dtype}\n{report.table(rows)}")
   print(report.not_run(skipped))
-  if _JSON.value:
+  if FLAGS.json:
     entries = [dict(zip(("case", "pass", "by"), key, strict=True), reason=reason)
                for key, reason in skipped.items()]  # fmt: skip
-    with open(_JSON.value, "w") as file:
+    with open(FLAGS.json, "w") as file:
       json.dump(dict(environment=env, operator=session.operator.name, rows=rows, not_run=entries),
                 file, indent=1)  # fmt: skip
-  if _PLOT.value:
+  if FLAGS.plot:
     title = f"{session.operator.name}, {session.dtype}, {env['device']}"
-    report.plot(rows, _PLOT.value, title)
+    report.plot(rows, FLAGS.plot, title)
   if old is not None:
     print(report.compare(rows, old, env)[0])
 
 
 def make_session() -> Session:
   try:
-    operator = operators.find(_OPERATOR.value)
+    operator = operators.find(FLAGS.operator)
   except ValueError as error:
     raise app.UsageError(f"--{error}") from None
   platform = compat.target_platform()
@@ -108,12 +120,12 @@ def make_session() -> Session:
   return Session(
     operator=operator,
     platform=platform,
-    dtype=jnp.dtype(_DTYPE.value or ("float32" if platform == "cpu" else "bfloat16")),
-    implementations=tuple(_IMPLEMENTATIONS.value or ("xla", *own.get(platform, ()))),
-    seconds=_SECONDS.value,
-    memory=_MEMORY.value * 1e9,
-    repeats=_REPEATS.value,
-    with_peers=_PEERS.value,
+    dtype=jnp.dtype(FLAGS.dtype or ("float32" if platform == "cpu" else "bfloat16")),
+    implementations=tuple(FLAGS.implementations or ("xla", *own.get(platform, ()))),
+    seconds=FLAGS.seconds,
+    memory=FLAGS.memory_gb * 1e9,
+    repeats=FLAGS.repeats,
+    with_peers=FLAGS.peers,
   )
 
 
@@ -282,13 +294,12 @@ def log(text: str) -> None:
 
 def run() -> None:
   """The console entry: torch gets as many threads as XLA has before anything is timed."""
-  import importlib.util
-
   if importlib.util.find_spec("torch") is not None:
     import torch
 
     torch.set_num_threads(timing.cpu_threads())
     torch.set_flush_denormal(True)  # as XLA does; torch is slower by multiples without
+  define_flags()
   app.run(main)
 
 

@@ -13,7 +13,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
@@ -24,36 +23,41 @@ from attnzoo.pallas_kernels import compat
 from attnzoo.pallas_kernels.cases import tagged
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "triton")
-_OPERATORS = flags.DEFINE_list("operators", None, "Default: all of them.")
-_IMPLEMENTATIONS = flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Which to run.")
-_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Input dtypes.")
-_CASE = flags.DEFINE_string("case", "", "Only cases whose name contains this.")
-_OUT = flags.DEFINE_string("out", None, "Markdown file; the same as JSON goes beside it (.json).")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Not done at import: other programs of this folder have flags of the same names."""
+  flags.DEFINE_list("operators", list(operators.OPERATORS), "Names in the operators' table.")
+  flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "Which to run.")
+  flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Input dtypes.")
+  flags.DEFINE_string("case", "", "Only cases whose name contains this.")
+  flags.DEFINE_string("out", None, "Markdown file; the same as JSON goes beside it (.json).")
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"flags begin with --; got {argv[1]!r} (see --help)")
   rows, not_run = [], {}
-  for name in _OPERATORS.value or operators.OPERATORS:
+  for name in FLAGS.operators:
     operator = operators.find(name)
-    cases = [c for c in tagged(operator.cases.CASES, "ci") if _CASE.value in c.name]
+    cases = [c for c in tagged(operator.cases.CASES, "ci") if FLAGS.case in c.name]
     runnable = {}
-    for implementation in _IMPLEMENTATIONS.value:
+    for implementation in FLAGS.implementations:
       options, reason = how_to_run(implementation)
       if reason is None:
         runnable[implementation] = options
       else:
         not_run[f"{name} / {implementation}"] = reason
-    for dtype in _DTYPES.value:
+    for dtype in FLAGS.dtypes:
       for case in cases:
         print(f"{name} {dtype} {case.name} ...", file=sys.stderr, flush=True)
         rows += errors(operator, case, jnp.dtype(dtype), runnable)
   env = report.environment()
   text = render(rows, not_run, env)
   print(text)
-  if _OUT.value:
-    path = pathlib.Path(_OUT.value)
+  if FLAGS.out:
+    path = pathlib.Path(FLAGS.out)
     path.write_text(text + "\n")
     results = dict(environment=env, rows=rows, not_run=not_run)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1))
@@ -113,5 +117,5 @@ def worst(group, name) -> str:
 
 
 if __name__ == "__main__":
-  jax.config.parse_flags_with_absl()
+  define_flags()
   app.run(main)

@@ -167,10 +167,11 @@ def analyse(text: str) -> Analysis:
       kernels[name] = kernels.get(name, 0) + count
     elif kind in _KINDS:
       one = _collective(line, kind, count, computation)
-      # One that overlaps with computation appears in pieces that share its channel. Where it is
+      # One that overlaps with computation appears in pieces that are chained together. Where it is
       # spread over a loop, the piece that starts it outside tells how often it runs.
+      chain = re.search(r'chain_id="?(\d+)', line.rest)
       channel = re.search(r"channel_id=(\d+)", line.rest)
-      name = channel[1] if channel else f"{computation} {line}"
+      name = f"{channel and channel[1]} {chain[1]}" if chain else f"{computation} {line}"
       if name not in collectives or count < collectives[name].count:
         collectives[name] = one
   largest = max(arrays.items(), key=lambda item: item[1], default=("", 0))
@@ -214,7 +215,7 @@ def _turns(computations, condition: str) -> int | None:
   limits = {
     int(line.operands.partition(")")[0])
     for line in computations.get(condition, ())
-    if line.op == "constant" and line.result.startswith("s32[]")
+    if line.op == "constant" and line.result.startswith(("s32[]", "u32[]"))
   }
   return limits.pop() if len(limits) == 1 else None
 
@@ -224,7 +225,8 @@ def _collective(line: _Line, kind: str, count: int, computation: str) -> Collect
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
   arrays = [found[0] for found in _ARRAY.finditer(line.result)]
-  if kind == "all-gather" and line.op.endswith("-start"):  # (operands, results)
+  if line.op in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
+    arrays = arrays[: 2 * (len(arrays) // 2)] if line.op[0] == "a" else arrays[:2]
     arrays = arrays[len(arrays) // 2 :]
   size = sum(map(_bytes, arrays))
   if kind == "reduce-scatter" and line.op == "reduce-scatter":
@@ -234,19 +236,21 @@ def _collective(line: _Line, kind: str, count: int, computation: str) -> Collect
 
 
 def _group_size(rest: str) -> int:
-  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-  if listed:
+  """Devices that exchange with each other, in the three ways the compiler writes them."""
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
     return listed[1].count(",") + 1
-  shaped = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-  return int(shaped[1]) if shaped else 1
+  if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+    return int(shaped[1])
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named[2]))
+  return 1
 
 
 def _kernel_name(line: _Line) -> str:
-  name = re.search(r'kernel_name\W+([\w.\-]+)', line.rest)
   path = re.search(r'op_name="([^"]*)"', line.rest)
-  if name:
-    return name[1]
-  return path[1].rsplit("/", 1)[-1] if path else "unnamed"
+  steps = path[1].split("/") if path else []
+  return next((step for step in reversed(steps) if step != "pallas_call"), "unnamed")
 
 
 def _bytes(array: str) -> int:

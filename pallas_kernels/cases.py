@@ -14,7 +14,7 @@ TAGS = ("ci", "bench", "aot")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One named shape. `sizes` has the operator's axis sizes, `options` what else distinguishes it."""
+  """One named shape. `sizes` has the operator's axis sizes, `options` what else sets it apart."""
 
   name: str
   tags: tuple[str, ...]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 def run_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """Numbers the runs of equal ids 0, 1, 2, ...: a change of id starts a new document.
 
-  Ids may repeat later in a row (0 0 1 0); after this they do not, so that equal means same document.
+  Ids may repeat later in a row (0 0 1 0); after this they do not, so equal means same document.
   """
   changed = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

@@ -1,4 +1,4 @@
-"""Environment of the tests: a CPU with 8 virtual devices, ready to compile for absent accelerators."""
+"""Environment of the tests: a CPU with 8 virtual devices, able to compile for accelerators."""
 
 import os
 

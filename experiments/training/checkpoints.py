@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from .state import TrainState
+from attnzoo.experiments.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"

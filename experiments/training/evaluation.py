@@ -7,8 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attnzoo.experiments.data import Corpus, DataConfig, EvaluationBatches, bits_per_byte
-
-from . import state
+from attnzoo.experiments.training import state
 
 
 class Evaluation(NamedTuple):
@@ -30,10 +29,14 @@ class Evaluation(NamedTuple):
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's rows as arrays over the whole mesh."""
+  """This host's rows, whole in length, as arrays over the whole mesh."""
   sharding = state.batch_sharding(mesh)
+  _, parts = state.data_part(mesh)
   return {
-    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    name: jax.make_array_from_process_local_data(
+      sharding, rows, (rows.shape[0] * parts, *rows.shape[1:])
+    )
+    for name, rows in batch.items()
   }
 
 
@@ -55,14 +58,15 @@ def evaluate(
     max_tokens: stop after so many targets; 0 = all.
     overlap: tokens of context that each row repeats from the one before it, without counting them.
   """
+  part, parts = state.data_part(mesh)
   batches = EvaluationBatches(
     corpus,
     data,
     split=split,
     max_tokens=max_tokens or None,
     overlap=overlap,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
   )
   totals = np.zeros(3)
   for batch in batches:

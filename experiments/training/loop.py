@@ -13,10 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from attnzoo.experiments.data import Corpus, TrainBatches, describe_tokenizer, load_corpus
+from attnzoo.experiments.training import checkpoints, config, reports, state
+from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
 from attnzoo.zoo import models
-
-from . import checkpoints, config, reports, state
-from .evaluation import Evaluation, evaluate, place_batch
 
 
 class NonFiniteLoss(RuntimeError):
@@ -43,9 +42,7 @@ class Outcome(NamedTuple):
 
   run: Run
   state: state.TrainState
-  evaluation: (
-    Evaluation | None
-  )  # of all validation text; None if a SIGTERM stopped the run early; its state is saved
+  evaluation: Evaluation | None  # of all validation text; None if a SIGTERM stopped the run early
 
 
 def train(
@@ -65,8 +62,8 @@ def train(
   state.check_divides(experiment, mesh)
   corpus = load_corpus(experiment.data, cache=workdir / "corpus")
   check_vocabulary(experiment, corpus)
-  hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-  batches = TrainBatches(corpus, experiment.data, **hosts)
+  block, blocks = state.data_part(mesh)
+  batches = TrainBatches(corpus, experiment.data, process_index=block, process_count=blocks)
   if jax.process_index() == 0:
     checkpoints.write_config(workdir, run_record(experiment, corpus))
   keep = dict(keep_last=experiment.train.keep_last, keep_best=experiment.train.keep_best)

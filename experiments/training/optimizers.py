@@ -2,7 +2,7 @@
 
 import optax
 
-from .config import OptimizerConfig
+from attnzoo.experiments.training.config import OptimizerConfig
 
 # Parameters are named by their path; these endings are matrices, to be decayed.
 _MATRICES = ("kernel", "embedding", "head")

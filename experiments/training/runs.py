@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from . import checkpoints, config, state
+from attnzoo.experiments.training import checkpoints, config, state
 
 
 class LoadedRun(NamedTuple):

@@ -1,21 +1,21 @@
 """What a run carries from step to step, where it lies on the devices, and the step itself."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnzoo import zoo
+from attnzoo.experiments.training.config import Experiment, MeshConfig
+from attnzoo.experiments.training.optimizers import make_optimizer
 from attnzoo.layers.partitioning import MESH_AXES, parameter_shardings
-
-from .config import Experiment, MeshConfig
-from .optimizers import make_optimizer
 
 Params = dict[str, jax.Array]  # path with dots -> array, such as "groups.0.mixer.log_decay"
 
@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-  """The device mesh (data, seq, model) of a run.
+  """The device mesh (data, seq, model) of a run; on TPUs neighbours are linked directly.
 
   Raises:
     ValueError: the axes do not multiply to the number of devices.
@@ -58,8 +58,32 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
       f"make_mesh: data x seq x model must be the {len(devices)} devices; got"
       f" {data} x {config.seq} x {config.model} = {data * fixed} (mesh.data=0 takes what is left)"
     )
-  array = np.asarray(devices).reshape(data, config.seq, config.model)
+  shape = (data, config.seq, config.model)
+  array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def data_part(mesh: Mesh) -> tuple[int, int]:
+  """(index, count) of the block of each batch's rows that this process loads.
+
+  Processes whose devices lie at the same places of the axis "data", because "seq" or "model" goes
+  across them, load the same rows.
+
+  Raises:
+    ValueError: the places of two processes overlap in part.
+  """
+  places: dict[int, set[int]] = {}
+  for place, row in enumerate(mesh.devices):
+    for device in row.flat:
+      places.setdefault(device.process_index, set()).add(place)
+  blocks = sorted({tuple(sorted(block)) for block in places.values()})
+  if len(blocks) * len(blocks[0]) != len(mesh.devices) or len({*map(len, blocks)}) > 1:
+    raise ValueError(
+      f"mesh: data must be split over the {len(places)} hosts in equal blocks; got"
+      f" {dict(mesh.shape)} (let seq x model be devices of one host, or of whole hosts)"
+    )
+  return blocks.index(tuple(sorted(places[jax.process_index()]))), len(blocks)
 
 
 def check_divides(experiment: Experiment, mesh: Mesh) -> None:
@@ -97,12 +121,21 @@ def merge(parts: Parts, params: Params) -> nnx.Module:
 
 
 def abstract_state(experiment: Experiment) -> tuple[Parts, TrainState]:
-  """The model's parts and the shapes of its training state; nothing is allocated."""
+  """The shapes of the model's parts and of its training state; nothing is allocated."""
   model = nnx.eval_shape(lambda: zoo.build(experiment.model, nnx.Rngs(0)))
   parts, params = take_apart(model)
   optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
   opt_state = jax.eval_shape(optimizer.init, params)
   return parts, TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+
+
+def model_constants(experiment: Experiment) -> nnx.State:
+  """What a model holds beside its parameters, as arrays of the host; weights are not drawn.
+
+  Small, and part of every program that is compiled: devices of other hosts could not be.
+  """
+  make = jax.jit(lambda: take_apart(zoo.build(experiment.model, nnx.Rngs(0)))[0].constants)
+  return jax.device_get(make())
 
 
 def state_shardings(parts: Parts, state: TrainState, mesh: Mesh) -> TrainState:
@@ -122,19 +155,17 @@ def state_shardings(parts: Parts, state: TrainState, mesh: Mesh) -> TrainState:
 
 def initial_state(experiment: Experiment, mesh: Mesh) -> tuple[Parts, TrainState, TrainState]:
   """(parts, state with fresh weights, its shardings); each device makes only its own part."""
-  abstract_parts, abstract = abstract_state(experiment)
-  shardings = state_shardings(abstract_parts, abstract, mesh)
+  parts, abstract = abstract_state(experiment)
+  parts = parts._replace(constants=model_constants(experiment))
+  shardings = state_shardings(parts, abstract, mesh)
   optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
   seed = experiment.train.seed
 
   def make():
-    parts, params = take_apart(zoo.build(experiment.model, nnx.Rngs(seed)))
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    return parts.constants, state
+    _, params = take_apart(zoo.build(experiment.model, nnx.Rngs(seed)))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-  whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract_parts.constants)
-  constants, state = jax.jit(make, out_shardings=(whole, shardings))()
-  return abstract_parts._replace(constants=constants), state, shardings
+  return parts, jax.jit(make, out_shardings=shardings)(), shardings
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

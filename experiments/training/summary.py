@@ -6,10 +6,9 @@ import math
 from attnzoo.experiments import baselines
 from attnzoo.experiments.data import DataConfig, read_text
 from attnzoo.experiments.generation import Sampling, generate
-
-from . import reports, state
-from .evaluation import Evaluation
-from .loop import Outcome, Run
+from attnzoo.experiments.training import reports, state
+from attnzoo.experiments.training.evaluation import Evaluation
+from attnzoo.experiments.training.loop import Outcome, Run
 
 BASELINES_FILE = "baselines.json"
 RESULT_FILE = "result.json"

@@ -1,5 +1,7 @@
 """The public function: checks, choice of implementation."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +24,7 @@ def lightning_attention(
   initial_state: Float[Array, "B H K V"] | None = None,
   chunk_size: int | None = None,
   implementation: str | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Causal linear attention with a constant decay per head.
 
@@ -43,7 +45,8 @@ def lightning_attention(
     chunk_size: rows handled by one step of the kernel; None picks the measured best.
     implementation: "xla", "tpu" (Pallas), "triton" (jax-triton), "reference", or None: the kernel
       of the platform that is compiled for where there is one, else "xla".
-    interpret: run the Pallas TPU kernels in their CPU interpreter (tests).
+    interpret: run the Pallas TPU kernels in their CPU interpreter (tests): True, or a
+      `pltpu.InterpretParams`.
 
   Returns:
     (output [B, T, H, V] in the dtype of `value`, final state [B, H, K, V] in float32).

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-
 LADDERS = ("alibi", "power", "geometric")
 
 

@@ -15,7 +15,7 @@ Paper: Linear Attention Sequence Parallelism (2024), in the all-gather form of i
 import difflib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,7 @@ def _sequence_shard(inputs, axis, count, options):
   contribution = _contribution(key, value, rate, documents, shard)  # [B, H, K, V]
   pass_on = _pass_by_gather if count <= GATHER_LIMIT else _pass_by_doubling
   incoming, final = pass_on(contribution, state.astype(dtype), rate, shard, axis, count)
-  here = dict(inputs, initial_state=_where(shard.first == shard.before, incoming))
+  here: dict[str, Any] = dict(inputs, initial_state=_where(shard.first == shard.before, incoming))
   if "lengths" in inputs:
     here["lengths"] = shard.stop - shard.start
   output, _ = lightning_attention(**here, **options)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from ..dots import NN, NT, TN, dot_f32
 
@@ -121,7 +122,9 @@ def _weights(plan, scalars, index, decay, document_end):
 def _block_weights(plan, scalars, step, decay, ends_ref):
   """`Weights` of each chunk of a block."""
   ends = [None if ends_ref is None else ends_ref[pl.ds(u, 1), :] for u in range(plan.unroll)]
-  return [_weights(plan, scalars, step * plan.unroll + u, decay, ends[u]) for u in range(plan.unroll)]
+  return [
+    _weights(plan, scalars, step * plan.unroll + u, decay, ends[u]) for u in range(plan.unroll)
+  ]
 
 
 def _rows(ref, part, weights):
@@ -266,7 +269,7 @@ class _Block(NamedTuple):
   """An operand: full shape, dtype, block shape and where the block lies at grid point (b, h, t)."""
 
   shape: tuple[int, ...]
-  dtype: jnp.dtype
+  dtype: DTypeLike | None
   block: tuple[int | None, ...]
   place: object
 

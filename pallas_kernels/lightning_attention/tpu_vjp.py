@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from . import tpu
@@ -35,7 +36,7 @@ def lightning_attention_tpu(
   segments: Int[Array, "B T"] | None,
   lengths: Int[Array, " B"] | None,
   chunk_size: int | None = None,
-  interpret: bool = False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Output and final state, as `lightning_attention_xla`; bfloat16 or float32 inputs.
 
@@ -50,9 +51,7 @@ def _forward(*args):
   *args, chunk_size, interpret = args
   query, key, value, log_decay, initial_state, segments, lengths = args
   output, state, states = _run(args, chunk_size, interpret, save_states=True)
-  residuals = Residuals(
-    query, key, value, log_decay, initial_state, segments, lengths, states
-  )
+  residuals = Residuals(query, key, value, log_decay, initial_state, segments, lengths, states)
   return (output, state), residuals
 
 
@@ -61,6 +60,7 @@ def _run(args, chunk_size, interpret, save_states):
   plan = _plan(query, value, segments, lengths, chunk_size, interpret)
   scalars, documents = _prepare(plan, log_decay, segments, lengths)
   arrays = [tpu.to_kernel_layout(x) for x in (query, key, value)]
+  # pyrefly: ignore[bad-argument-count, bad-argument-type]: the length of a list is not a type
   output, *states = tpu.forward(plan, scalars, documents, *arrays, initial_state, save_states)
   return (tpu.from_kernel_layout(output, plan.heads), *states)
 
@@ -71,6 +71,7 @@ def _backward(chunk_size, interpret, residuals, cotangents):
   plan = _plan(r.query, r.value, r.segments, r.lengths, chunk_size, interpret)
   scalars, documents = _prepare(plan, r.log_decay, r.segments, r.lengths)
   arrays = [tpu.to_kernel_layout(x) for x in (r.query, r.key, r.value, d_output)]
+  # pyrefly: ignore[bad-argument-count, bad-argument-type]: the length of a list is not a type
   *grads, d_state = tpu.backward(plan, scalars, documents, *arrays, d_final_state, r.states)
 
   # The decay is a constant in every released model, so the kernels do not carry its gradient along.

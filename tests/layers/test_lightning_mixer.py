@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attnzoo_testing.goldens import golden
 from flax import nnx
 
 from attnzoo.layers import LRPE, LightningMixer, LightningMixerConfig, lrpe, srms_norm
 from attnzoo.pallas_kernels.lightning_attention.decay import decay_rates
+from attnzoo_testing.goldens import golden
 
 
 def close(got, expected, relative=1e-5):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
 from attnzoo.pallas_kernels import lightning_attention, sharded_lightning_attention
 from attnzoo.pallas_kernels.lightning_attention import cases, sharding
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.numerics import assert_as_exact
-from jax.sharding import NamedSharding, PartitionSpec
 
 NAMES = ("output", "final_state")
 MESHES = {

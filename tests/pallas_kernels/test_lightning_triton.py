@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from attnzoo.pallas_kernels import lightning_attention
 from attnzoo.pallas_kernels.cases import Case, tagged
 from attnzoo.pallas_kernels.lightning_attention import triton

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attnzoo_testing.goldens import golden
 from flax import nnx
 
 from attnzoo import zoo
 from attnzoo.zoo import transnormer, transnormer_weights
 from attnzoo.zoo.transnormer import TransNormerConfig
+from attnzoo_testing.goldens import golden
 
 TINY = TransNormerConfig(97, 32, 3, 4, 48)
 
