@@ -37,6 +37,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       if logging.get_verbosity() >= logging.DEBUG:
         raise
       _leave(str(error))
+    except KeyboardInterrupt:
+      sys.stdout.flush()
+      print("\ninterrupted", file=sys.stderr)
+      sys.exit(130)
 
   app.run(guarded, flags_parser=parse)
 

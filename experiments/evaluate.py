@@ -6,19 +6,21 @@ python -m attnzoo.experiments.evaluate --workdir=runs/stdlib_small --overlap=128
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 from absl import flags
 
 from attnzoo.experiments import command_line
 from attnzoo.experiments.data import check_tokenizer, load_corpus
-from attnzoo.experiments.training import loop, runs, state
+from attnzoo.experiments.training import config, loop, runs, state
 from attnzoo.experiments.training.evaluation import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
 _SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
 _DATA_PATH = flags.DEFINE_string("data_path", "", "Other text to evaluate on (file or folder).")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer.json is now.")
 _LENGTH = flags.DEFINE_integer("sequence_length", 0, "Tokens per row; 0 = as trained.")
 _OVERLAP = flags.DEFINE_integer(
   "overlap", 0, "Tokens of context that rows repeat, uncounted; more is slower and better."
@@ -31,14 +33,16 @@ def main(_) -> None:
   run = runs.load(_WORKDIR.value, _STEP.value)
   data = run.experiment.data
   if _DATA_PATH.value:
-    data = dataclasses.replace(data, source="auto", path=_DATA_PATH.value)
+    data = dataclasses.replace(data, source="auto", path=_DATA_PATH.value, validation_path="")
+  if _TOKENIZER.value:
+    data = dataclasses.replace(data, tokenizer=_TOKENIZER.value)
   if _LENGTH.value:
     data = dataclasses.replace(data, sequence_length=_LENGTH.value)
-  corpus = load_corpus(data)
+  corpus = load_corpus(data, cache=pathlib.Path(_WORKDIR.value).expanduser() / "corpus")
   if corpus.tokenizer is not None and run.tokenizer is not None:
     check_tokenizer(run.tokenizer, corpus.tokenizer)
   loop.check_vocabulary(run.experiment, corpus)
-  mesh = state.make_mesh(run.experiment.mesh, jax.devices()[:1])
+  mesh = state.make_mesh(config.MeshConfig(), jax.devices()[:1])
   result = evaluate(
     jax.jit(state.make_eval_step(run.parts)),
     run.params,

@@ -13,12 +13,13 @@ import sys
 from absl import flags
 
 from attnzoo.experiments import command_line
-from attnzoo.experiments.data import Tokenizer, check_tokenizer, load_tokenizer
+from attnzoo.experiments.data import Tokenizer
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import runs, state
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer.json is now.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be given repeatedly.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A prompt per line; - reads the terminal.")
 _TOKENS = flags.DEFINE_integer("tokens", 400, "New tokens at most.", lower_bound=1)
@@ -33,10 +34,7 @@ def main(_) -> None:
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   texts = _prompts()
   run = runs.load(_WORKDIR.value, _STEP.value)
-  data = run.experiment.data
-  tokenizer = load_tokenizer(data.tokenizer, data.end_token)
-  if run.tokenizer is not None:
-    check_tokenizer(run.tokenizer, tokenizer)
+  tokenizer = runs.the_tokenizer(run, _TOKENIZER.value)
   drawn = generate(
     state.merge(run.parts, run.params),
     [[tokenizer.end_id, *tokenizer.encode(text).tolist()] for text in texts],

@@ -1,19 +1,23 @@
-"""TPU slices that are not there: their devices, and what a program compiled for them does.
+"""TPU slices that are not there, and the training step compiled for them.
 
-libtpu compiles for any slice on any host. `prepare` before jax touches a device, `slice_devices` for
-the devices to put into a mesh, and `analyse` for the compiled text: collectives, kernels, arrays.
+libtpu compiles for any slice on any host. `prepare` before jax looks for devices, `slice_devices`
+for the devices of a slice, `compile_step` for the step that training runs, on a mesh of them.
 """
 
 import dataclasses
 import difflib
 import importlib.util
-import math
 import os
 import re
-from collections.abc import Iterator
+import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from attnzoo.experiments import hlo
+from attnzoo.experiments.training import state
+from attnzoo.experiments.training.config import Experiment, MeshConfig
 
 GIB = 2**30
 # What libtpu asks of a host that has no TPU; read when it is loaded.
@@ -92,167 +96,117 @@ def slice_devices(topology: str) -> list[jax.Device]:
     _fail("be a slice that exists", topology, f"such as {chip.example}; libtpu: {error}")
 
 
+def whole_mesh(mesh: MeshConfig, topology: str) -> MeshConfig:
+  """The mesh with `data` filled in: what the other axes leave of the slice.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices.
+  """
+  count = len(slice_devices(topology))
+  data = mesh.data or max(count // (mesh.seq * mesh.model), 1)
+  if data * mesh.seq * mesh.model != count:
+    raise ValueError(
+      f"mesh: data x seq x model must be the {count} devices of {topology}; got {data} x"
+      f" {mesh.seq} x {mesh.model} = {data * mesh.seq * mesh.model} (leave data out to fill up)"
+    )
+  return dataclasses.replace(mesh, data=data)
+
+
 def _fail(rule: str, topology: str, hint: str):
   raise ValueError(f"topology: must {rule}; got {topology!r} ({hint})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-  """One exchange between devices, as often as a step runs it."""
+class Memory:
+  """HBM of one device, in bytes, as the compiler has laid it out."""
 
-  kind: str  # "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"
-  count: int  # loops multiplied out
-  bytes: int  # of the whole array on each device, once: the larger of operand and result
-  shapes: tuple[str, ...]
-  source: str  # where in the program
+  arguments: int  # parameters, moments, batch
+  outputs: int  # without those that take the place of arguments
+  aliased: int  # outputs that do
+  temporaries: int  # activations, gradients, gathered weights
+  code: int
+
+  @property
+  def total(self) -> int:
+    return self.arguments + self.outputs + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
-class Analysis:
-  """What the text of a compiled TPU program tells."""
+class CompiledStep:
+  """The training step of an experiment, compiled for a mesh of absent devices."""
 
-  collectives: tuple[Collective, ...]
-  kernels: dict[str, int]  # name of a Pallas kernel -> calls, loops multiplied out
-  largest_array: tuple[str, int]  # (shape, bytes) of the largest array on a device
-  unknown_loops: int  # whose number of turns is not in the text; counted once
-
-  def totals(self) -> dict[str, dict[str, int]]:
-    """Kind -> count and bytes of all its collectives."""
-    table: dict[str, dict[str, int]] = {}
-    for one in self.collectives:
-      row = table.setdefault(one.kind, dict(count=0, bytes=0))
-      row["count"] += one.count
-      row["bytes"] += one.count * one.bytes
-    return dict(sorted(table.items()))
+  mesh: dict[str, int]
+  memory: Memory
+  program: hlo.Analysis
+  lower_seconds: float
+  compile_seconds: float
 
 
-class _Line(NamedTuple):
-  """One instruction."""
+class DoesNotFit(Exception):
+  """The compiler found no way to keep the step in the memory of a device."""
 
-  result: str  # type
-  op: str
-  operands: str
-  rest: str  # attributes
-
-
-class _Visit(NamedTuple):
-  """An instruction that runs, and how often."""
-
-  line: _Line
-  count: int
-  computation: str
+  def __init__(self, used: int, limit: int):
+    super().__init__(f"{used / GIB:.2f} GiB needed, {limit / GIB:.2f} GiB there")
+    self.used, self.limit = used, limit
 
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_SIZES = dict(pred=1, s8=1, u8=1, bf16=2, f16=2, s16=2, u16=2, f32=4, s32=4, u32=4, s64=8, u64=8, f64=8)  # fmt: skip
-_ARRAY = re.compile(rf"\b({'|'.join(_SIZES)})\[([\d,]*)\]")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_OP = re.compile(r"(?:^|[)\]}] )([a-z][a-z0-9\-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+def compile_step(experiment: Experiment, devices: list[jax.Device]) -> CompiledStep:
+  """Compiles what `training.loop` runs, with the state given away, for `devices`.
+
+  No array of the model is made; the kernels are those of the devices.
+
+  Raises:
+    ValueError: a mesh that is not the devices, or does not divide batch, length or heads.
+    NotImplementedError: an implementation that these devices have not.
+    DoesNotFit: too large for the memory of a device.
+  """
+  mesh = state.make_mesh(experiment.mesh, devices)
+  state.check_divides(experiment, mesh)
+  constants = state.model_constants(experiment)
+  with jax.set_mesh(mesh):
+    parts, abstract = state.abstract_state(experiment)
+    shardings = state.state_shardings(parts, abstract, mesh)
+    place = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      abstract,
+      shardings,
+    )
+    step = state.make_train_step(experiment, parts._replace(constants=constants))
+    began = time.monotonic()
+    lowered = jax.jit(step, donate_argnums=0).lower(place, _batch(experiment, mesh))
+    lowered_at = time.monotonic()
+    compiled = _compile(lowered)
+  sizes = compiled.memory_analysis()
+  memory = Memory(
+    arguments=sizes.argument_size_in_bytes,
+    outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    aliased=sizes.alias_size_in_bytes,
+    temporaries=sizes.temp_size_in_bytes,
+    code=sizes.generated_code_size_in_bytes,
+  )
+  seconds = (lowered_at - began, time.monotonic() - lowered_at)
+  return CompiledStep(dict(mesh.shape), memory, hlo.analyse(compiled.as_text()), *seconds)
 
 
-def analyse(text: str) -> Analysis:
-  """Reads `compiled.as_text()` of a program for TPUs."""
-  computations, entry = _parse(text)
-  loops = [0]
-  collectives: dict[str, Collective] = {}
-  kernels: dict[str, int] = {}
-  arrays: dict[str, int] = {}
-  for line, count, computation in _walk(computations, entry, 1, loops):
-    for found in _ARRAY.finditer(line.result):
-      arrays[found[0]] = _bytes(found[0])
-    kind = line.op.removesuffix("-start")
-    if 'custom_call_target="tpu_custom_call"' in line.rest:
-      name = _kernel_name(line)
-      kernels[name] = kernels.get(name, 0) + count
-    elif kind in _KINDS:
-      one = _collective(line, kind, count, computation)
-      # One that overlaps with computation appears in pieces that are chained together. Where it is
-      # spread over a loop, the piece that starts it outside tells how often it runs.
-      chain = re.search(r'chain_id="?(\d+)', line.rest)
-      channel = re.search(r"channel_id=(\d+)", line.rest)
-      name = f"{channel and channel[1]} {chain[1]}" if chain else f"{computation} {line}"
-      if name not in collectives or count < collectives[name].count:
-        collectives[name] = one
-  largest = max(arrays.items(), key=lambda item: item[1], default=("", 0))
-  ordered = sorted(collectives.values(), key=lambda one: -one.count * one.bytes)
-  return Analysis(tuple(ordered), kernels, largest, loops[0])
+def _batch(experiment: Experiment, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch as `experiments.data` makes them."""
+  shape = (experiment.data.batch_size, experiment.data.sequence_length)
+  kinds = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32)
+  sharding = state.batch_sharding(mesh)
+  return {n: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for n, kind in kinds.items()}
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
-  computations: dict[str, list[_Line]] = {}
-  current, entry = None, ""
-  for raw in text.splitlines():
-    if header := _HEADER.match(raw):
-      current = computations.setdefault(header[2], [])
-      entry = header[2] if header[1] else entry
-    elif raw.startswith("}"):
-      current = None
-    elif current is not None and " = " in raw:
-      right = raw.split(" = ", 1)[1]
-      if op := _OP.search(right):
-        operands, _, rest = right[op.end() :].partition("), ")
-        current.append(_Line(right[: op.start() + 1], op[1], operands, rest))
-  return computations, entry
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _walk(computations, name: str, count: int, loops: list[int]) -> Iterator[_Visit]:
-  for line in computations[name]:
-    yield _Visit(line, count, name)
-    if line.op == "while":
-      turns = _turns(computations, re.search(r"condition=%?([\w.\-]+)", line.rest)[1])
-      loops[0] += turns is None
-      body = re.search(r"body=%?([\w.\-]+)", line.rest)[1]
-      yield from _walk(computations, body, count * (turns or 1), loops)
-    elif line.op in ("call", "conditional", "fusion") or line.op.startswith("async-"):
-      for called in _CALLED.findall(line.rest):
-        if called in computations:
-          yield from _walk(computations, called, count, loops)
-
-
-def _turns(computations, condition: str) -> int | None:
-  """Turns of a loop that counts from 0: the one integer that its condition compares with."""
-  limits = {
-    int(line.operands.partition(")")[0])
-    for line in computations.get(condition, ())
-    if line.op == "constant" and line.result.startswith(("s32[]", "u32[]"))
-  }
-  return limits.pop() if len(limits) == 1 else None
-
-
-def _collective(line: _Line, kind: str, count: int, computation: str) -> Collective:
-  # The compiler writes a reduce-scatter as one fused all-reduce and slice.
-  if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-    kind = "reduce-scatter"
-  arrays = [found[0] for found in _ARRAY.finditer(line.result)]
-  if line.op in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
-    arrays = arrays[: 2 * (len(arrays) // 2)] if line.op[0] == "a" else arrays[:2]
-    arrays = arrays[len(arrays) // 2 :]
-  size = sum(map(_bytes, arrays))
-  if kind == "reduce-scatter" and line.op == "reduce-scatter":
-    size *= _group_size(line.rest)
-  source = re.search(r'op_name="([^"]*)"', line.rest)
-  return Collective(kind, count, size, tuple(arrays), source[1] if source else "")
-
-
-def _group_size(rest: str) -> int:
-  """Devices that exchange with each other, in the three ways the compiler writes them."""
-  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-    return listed[1].count(",") + 1
-  if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-    return int(shaped[1])
-  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named[2]))
-  return 1
-
-
-def _kernel_name(line: _Line) -> str:
-  path = re.search(r'op_name="([^"]*)"', line.rest)
-  steps = path[1].split("/") if path else []
-  return next((step for step in reversed(steps) if step != "pallas_call"), "unnamed")
-
-
-def _bytes(array: str) -> int:
-  kind, sides = _ARRAY.fullmatch(array).groups()
-  return _SIZES[kind] * math.prod(int(side) for side in sides.split(",") if side)
+def _compile(lowered):
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+      raise
+    need, need_unit, limit, limit_unit = used.groups()
+    raise DoesNotFit(
+      round(float(need) * _UNITS[need_unit]), round(float(limit) * _UNITS[limit_unit])
+    ) from error

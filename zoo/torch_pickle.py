@@ -2,7 +2,8 @@
 
 Such a file is a zip archive: `data.pkl` describes tensors as (storage, offset, shape, strides), and
 each storage is a member of raw little-endian numbers. Unpickling is restricted to the handful of
-names that such a description needs.
+names that such a description needs. Storages are not compressed, so arrays are mapped from the file
+and nothing is loaded until it is used.
 """
 
 import collections
@@ -20,15 +21,30 @@ _DTYPES = {
   "BFloat16Storage": ml_dtypes.bfloat16,
   "LongStorage": np.int64,
   "IntStorage": np.int32,
+  "ShortStorage": np.int16,
+  "CharStorage": np.int8,
+  "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+# What the parts of a damaged archive or pickle raise.
+_DAMAGE = (
+  zipfile.BadZipFile,
+  pickle.UnpicklingError,
+  EOFError,
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+)
 
 
 def read_torch_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """The state dict of a `torch.save` file as numpy arrays.
+  """The state dict of a `torch.save` file as read-only numpy arrays mapped from the file.
 
   Raises:
-    ValueError: not a zip-format torch file, or one that holds more than plain tensors.
+    ValueError: not a zip-format torch file, a damaged one, or one that holds more than plain
+      tensors.
   """
   path = pathlib.Path(path)
   if not zipfile.is_zipfile(path):
@@ -36,18 +52,18 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       f"import_weights: {path} must be a PyTorch file in zip format; it is not a zip archive"
       " (is the download complete? files from before PyTorch 1.6 need torch.load and torch.save)"
     )
-  with zipfile.ZipFile(path) as archive:
-    pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-    if len(pickles) != 1:
-      raise ValueError(
-        f"import_weights: {path} must hold one data.pkl; got {len(pickles)} (not a torch file)"
-      )
-    root = pickles[0].removesuffix("data.pkl")
-    try:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+      if len(pickles) != 1:
+        raise pickle.UnpicklingError(f"it has {len(pickles)} files called data.pkl")
+      root = pickles[0].removesuffix("data.pkl")
       with archive.open(pickles[0]) as stream:
         contents = _TensorUnpickler(stream, archive, root).load()
-    except pickle.UnpicklingError as error:
-      raise ValueError(f"import_weights: {path} must hold plain tensors only; {error}") from error
+  except _DAMAGE as error:
+    raise ValueError(
+      f"import_weights: {path} must be an intact PyTorch file of plain tensors; {error}"
+    ) from error
   contents = contents.get("state_dict", contents) if isinstance(contents, dict) else contents
   if not isinstance(contents, dict) or not contents:
     raise ValueError(
@@ -82,17 +98,32 @@ class _TensorUnpickler(pickle.Unpickler):
     kind, storage, key, _, count = reference
     if kind != "storage":
       raise pickle.UnpicklingError(f"it has a persistent object of kind {kind!r}")
-    raw = self._archive.read(f"{self._root}data/{key}")
-    return np.frombuffer(raw, storage.dtype, count)
+    member = self._archive.getinfo(f"{self._root}data/{key}")
+    dtype = np.dtype(storage.dtype)
+    if member.file_size < count * dtype.itemsize:
+      raise pickle.UnpicklingError(
+        f"storage {key} has {member.file_size} bytes for {count} numbers"
+      )
+    if member.compress_type != zipfile.ZIP_STORED or not count:
+      return np.frombuffer(self._archive.read(member), dtype, count)
+    with self._archive.open(member):  # checks the local header that precedes the numbers
+      pass
+    header = self._archive.fp
+    header.seek(member.header_offset + 26)
+    name, extra = (int.from_bytes(header.read(2), "little") for _ in range(2))
+    start = member.header_offset + 30 + name + extra
+    return np.memmap(self._archive.filename, dtype, mode="r", offset=start, shape=(count,))
 
 
 def _tensor(storage, offset, shape, strides, *_):
-  if not shape:
-    return storage[offset].copy()
-  width = storage.itemsize
-  strides = tuple(stride * width for stride in strides)
-  view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
-  return np.array(view)
+  numbers = (offset, *shape, *strides)
+  if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(shape) != len(strides):
+    raise pickle.UnpicklingError(f"a tensor has offset {offset}, shape {shape}, strides {strides}")
+  last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+  if 0 not in shape and last >= len(storage):
+    raise pickle.UnpicklingError(f"a tensor reaches {last}, past the {len(storage)} of its storage")
+  strides = tuple(stride * storage.itemsize for stride in strides)
+  return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
 
 
 def _parameter(tensor, *_):

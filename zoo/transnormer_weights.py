@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flax import nnx
 
-from ..layers import DecoderLM
+from ..layers import DecoderLM, activation
 from . import transnormer
 from .transnormer import TransNormerConfig
 from .weights import Slot, dump_slots, load_slots, read_tensors, write_safetensors
@@ -43,6 +43,9 @@ def import_weights(
     config: a configuration or the name of a preset; None reads `config.json` beside the weights.
     **overrides: fields of the configuration to replace, such as dtype or implementation.
 
+  Files are mapped, not loaded: memory is needed for the parameters once (4 bytes each; 2 with
+  param_dtype="bfloat16") and for the largest stack of matrices a second time.
+
   Raises:
     FileNotFoundError: no such file or folder, or a shard is missing.
     ValueError: tensors that are missing, surplus or misshapen (all of them in one message), a
@@ -64,9 +67,12 @@ def import_weights(
   config = dataclasses.replace(config, **overrides)
   _check_layout(config)
   tensors = _without_head_copy(read_tensors(source))
-  model = transnormer.build(config, nnx.Rngs(0))
-  load_slots(model, _slots(config), tensors, "TransNormerLLM with this configuration")
-  return model
+  return load_slots(
+    lambda: transnormer.build(config, nnx.Rngs(0)),
+    _slots(config),
+    tensors,
+    "TransNormerLLM with this configuration",
+  )
 
 
 def export_weights(
@@ -101,7 +107,12 @@ def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
     raise FileNotFoundError(
       f"import_weights: {file} must exist when no config is given (pass a preset name as config)"
     )
-  raw = json.loads(file.read_text())
+  try:
+    raw = dict(json.loads(file.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"import_weights: {file} must be a JSON object; {error} (download it again)"
+    ) from error
   if raw.get("gate_dim"):
     reason = transnormer.NO_IMPORT["transnormer3-15b"]
     raise ValueError(f"import_weights: {file} has gate_dim and cannot be imported: {reason}")
@@ -111,6 +122,11 @@ def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
   if fields["glu_dim"] == -1:
     fields["glu_dim"] = fields["features"]
   lrpe = raw.get("linear_use_lrpe_list") or [1] + [0] * (fields["num_layers"] - 1)
+  if len(lrpe) != fields["num_layers"]:
+    raise ValueError(
+      f"import_weights: linear_use_lrpe_list of {file} must have {fields['num_layers']} entries, one"
+      f" per layer; got {len(lrpe)} (was the file edited?)"
+    )
   patterns = {_lrpe_pattern(name, len(lrpe)): name for name in transnormer.LRPE_LAYERS}
   if tuple(lrpe) not in patterns:
     raise ValueError(
@@ -119,6 +135,7 @@ def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
   if raw.get("hidden_dim", fields["features"]) != fields["features"]:
     raise ValueError(f"import_weights: hidden_dim of {file} must equal decoder_embed_dim")
   act = raw.get("linear_act_fun", "swish")
+  activation(_ACTIVATIONS.get(act, act))  # raises for an unknown one
   return TransNormerConfig(
     **fields,
     scale_embedding=not raw.get("no_scale_embedding", False),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from .safetensors_file import read_safetensors
 from .torch_pickle import read_torch_file
 
 
@@ -32,7 +33,7 @@ class Slot(NamedTuple):
 def read_tensors(source: str | os.PathLike | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Name -> array from a mapping, a .safetensors or .bin file, or a folder of either.
 
-  In a folder an index (`*.index.json`) names the shards; without one every weight file is read.
+  Arrays of files are mapped: they take no memory of their own until they are used. In a folder an index (`*.index.json`) names the shards; without one every weight file is read.
 
   Raises:
     FileNotFoundError: no such file, no weights in the folder, or a shard of the index is missing.
@@ -58,12 +59,18 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 
 def load_slots(
-  model: nnx.Module, slots: Iterable[Slot], tensors: Mapping[str, np.ndarray], what: str
-) -> None:
-  """Overwrites the model's parameters with published tensors, in place.
+  build: Callable[[], nnx.Module],
+  slots: Iterable[Slot],
+  tensors: Mapping[str, np.ndarray],
+  what: str,
+) -> nnx.Module:
+  """The model of `build` with published tensors as its parameters.
+
+  Fresh weights are never drawn. Needs memory for the parameters in their own dtype, once, and while
+  it works for the largest one (all layers of one kind of matrix) a second time.
 
   Raises:
-    ValueError: lists every missing, surplus and misshapen tensor; the model is then unchanged.
+    ValueError: lists every missing, surplus and misshapen tensor.
   """
   slots = list(slots)
   names = {slot.name for slot in slots}
@@ -78,13 +85,29 @@ def load_slots(
   if any(problems.values()):
     listed = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     raise ValueError(f"import_weights: the tensors must be those of {what}; {listed}")
-  params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-  values = {path: np.array(variable.get_value()) for path, variable in params.items()}
+  graph, template, _ = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+  constants = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
+  sources: dict[tuple, list[Slot]] = {}
   for slot in slots:
-    values[slot.path][slot.index] = slot.to_ours(tensors[slot.name].astype(np.float32))
-  for path, variable in params.items():
-    variable.set_value(jnp.asarray(values[path], variable.get_value().dtype))
-  nnx.update(model, nnx.from_flat_state(params.items()))
+    sources.setdefault(slot.path, []).append(slot)
+  flat = [
+    (path, variable.replace(_filled(variable.get_value(), sources[path], tensors)))
+    for path, variable in nnx.to_flat_state(template)
+  ]
+  return nnx.merge(graph, nnx.from_flat_state(flat), constants)
+
+
+def _filled(
+  like: jax.ShapeDtypeStruct, slots: list[Slot], tensors: Mapping[str, np.ndarray]
+) -> jax.Array:
+  """One parameter, put together from the published tensors that it stacks."""
+  value = np.empty(like.shape, like.dtype)
+  depth = 1 if slots[0].index == () else like.shape[0]
+  if len({slot.index for slot in slots}) != depth:
+    raise RuntimeError(f"{slots[0].path} has {depth} layers, but {len(slots)} published tensors")
+  for slot in slots:
+    value[slot.index] = slot.to_ours(tensors[slot.name]).astype(like.dtype)
+  return jnp.asarray(value)
 
 
 def dump_slots(
@@ -105,7 +128,12 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
   folder = path if path.is_dir() else path.parent
   indices = [path] if path.is_file() else sorted(folder.glob("*.index.json"))
   if indices:
-    shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+    try:
+      shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f"import_weights: {indices[0]} must map names to shards; {error!r} (download it again)"
+      ) from error
     if absent := [shard for shard in shards if not (folder / shard).exists()]:
       raise FileNotFoundError(
         f"import_weights: every shard of {indices[0].name} must be in {folder}; missing"
@@ -121,14 +149,4 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_file(file: pathlib.Path) -> dict[str, np.ndarray]:
-  if file.suffix == ".safetensors":
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file
-
-    try:
-      return {name: np.asarray(tensor) for name, tensor in load_file(str(file)).items()}
-    except SafetensorError as error:
-      raise ValueError(
-        f"import_weights: {file} must be a safetensors file; {error} (is the download complete?)"
-      ) from error
-  return read_torch_file(file)
+  return read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)

@@ -8,38 +8,51 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from attnzoo.experiments.training.state import TrainState
+from attnzoo.experiments.training.state import Params, TrainState
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
 
 
 class Restored(NamedTuple):
-  state: TrainState
-  record: dict[str, Any]  # data position and whatever else the run wants back
+  state: TrainState  # without opt_state where only weights were saved
+  record: dict[str, Any]  # data position (None: weights only) and whatever else the run wants back
 
 
 class Checkpoints:
   """Saves in the background, keeps the newest and the best, restores the newest that is whole."""
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep_last: int = 2, keep_best: int = 1):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep_last: int = 2,
+    keep_best: int = 1,
+    read_only: bool = False,
+  ):
+    def goodness(metrics):
+      return -metrics["validation_loss"]
+
     policies = [preservation_policy.LatestN(keep_last)]
     if keep_best:
       policies.append(
         preservation_policy.BestN(
-          get_metric_fn=lambda metrics: -metrics["validation_loss"],
-          n=keep_best,
-          keep_checkpoints_without_metrics=False,
+          get_metric_fn=goodness, n=keep_best, keep_checkpoints_without_metrics=False
         )
       )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-      best_fn=lambda metrics: -metrics["validation_loss"],
+      best_fn=goodness,
       best_mode="max",
+      read_only=read_only,
+      create=not read_only,
     )
-    self._manager = ocp.CheckpointManager(folder(workdir), options=options)
+    self._folder, self._read_only = folder(workdir), read_only
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   @property
   def steps(self) -> list[int]:
@@ -53,44 +66,92 @@ class Checkpoints:
   def save(
     self, step: int, state: TrainState, record: dict[str, Any], validation_loss: float | None
   ) -> None:
-    """Starts saving; returns before the files are written. A step that is there is left alone."""
+    """Starts saving; returns before the files are written. A step that is there is left alone.
+
+    `state.opt_state` may be None, with None as `record["data"]`: weights alone.
+    """
     if step in self._manager.all_steps():
       return
     metrics = None if validation_loss is None else {"validation_loss": float(validation_loss)}
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record)
-    )
+    parts = {name: part for name, part in state._asdict().items() if part is not None}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(parts), record=ocp.args.JsonSave(record))
     self._manager.save(step, args=args, metrics=metrics, force=True)
 
-  def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-    """The state of `step`, or of the newest checkpoint that can be read; None without any.
+  def restore(self, like: TrainState) -> Restored | None:
+    """The newest checkpoint that can be read; None without any.
 
-    `like` has the shapes, dtypes and shardings to restore to. A newest checkpoint that is corrupt
-    is passed over with a warning.
+    `like` has the shapes, dtypes and shardings to restore to. Newer checkpoints that are damaged
+    are passed over with a warning and moved to the folder `damaged` of the workdir, as they would
+    be in the way of the run.
 
     Raises:
-      ValueError: no such step, or checkpoints that are there but none of them can be read.
+      ValueError: there are checkpoints, but none of them can be read; all are left where they are.
     """
-    if step is not None and step not in self.steps:
-      raise ValueError(f"restore: step must be one of {self.steps}; got {step} (see the workdir)")
-    candidates = self.steps[::-1] if step is None else [step]
-    failures = []
-    for candidate in candidates:
-      args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(like._asdict()), record=ocp.args.JsonRestore()
-      )
+    failures = {}
+    for step in self.steps[::-1]:
       try:
-        restored = self._manager.restore(candidate, args=args)
-        return Restored(TrainState(**restored["state"]), restored["record"])
+        restored = self._read(step, like)
       except Exception as error:  # whatever a damaged file raises, an older one may be whole
-        failures.append(f"step {candidate}: {type(error).__name__}: {str(error)[:200]}")
-        logging.warning("Checkpoint of step %d cannot be read: %s", candidate, failures[-1])
+        failures[step] = f"{type(error).__name__}: {_shortened(error)}"
+        logging.warning("The checkpoint of step %d cannot be read: %s", step, failures[step])
+        continue
+      if failures:
+        self._set_aside(list(failures))
+      return restored
     if failures:
+      listed = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
       raise ValueError(
-        "restore: no checkpoint can be read; " + "; ".join(failures) + " (move them away to start"
-        " anew)"
+        f"restore: {self._folder} must hold a checkpoint that can be read; {listed} (restore them"
+        " from a copy, or move the folder away to start anew)"
       )
     return None
+
+  def restore_params(self, like: Params, step: int) -> Params:
+    """The weights of one checkpoint, without the rest of the training state.
+
+    Raises:
+      ValueError: they cannot be read.
+    """
+    try:
+      return self._read_parts(step, {"params": like})["params"]
+    except Exception as error:  # whatever a damaged file raises
+      others = [other for other in self.steps if other != step]
+      raise ValueError(
+        f"restore: the checkpoint of step {step} in {self._folder} cannot be read;"
+        f" {type(error).__name__}: {_shortened(error)} (other steps there: {others})"
+      ) from error
+
+  def _read(self, step: int, like: TrainState) -> Restored:
+    record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    record = record["record"]
+    if record["data"] is None:
+      parts = self._read_parts(step, {"step": like.step, "params": like.params})
+      return Restored(TrainState(**parts, opt_state=None), record)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
+    return Restored(TrainState(**self._manager.restore(step, args=args)["state"]), record)
+
+  def _read_parts(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    args = ocp.args.PyTreeRestore(
+      item=like,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+      partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(self._folder / str(step) / "state", args=args)
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves damaged checkpoints away, where they neither count as newest nor block their step."""
+    if jax.process_index() == 0:
+      for step in steps:
+        target = self._folder.parent / DAMAGED / str(step)
+        while target.exists():
+          target = target.with_name(target.name + "_")
+        target.parent.mkdir(exist_ok=True)
+        (self._folder / str(step)).rename(target)
+        logging.warning("The damaged checkpoint of step %d was moved to %s", step, target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("attnzoo: damaged checkpoints moved")
+    self._manager.reload()
 
   def wait(self) -> None:
     self._manager.wait_until_finished()
@@ -104,14 +165,8 @@ def folder(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def write_config(workdir: str | pathlib.Path, record: dict[str, Any]) -> None:
-  """Stores what identifies the run beside its checkpoints, or checks it against what is there.
-
-  Raises:
-    ValueError: the workdir belongs to another model; the message names both.
-  """
+  """Stores what identifies the run beside its checkpoints."""
   file = pathlib.Path(workdir).expanduser() / CONFIG_FILE
-  if file.exists():
-    check_same_model(read_config(workdir), record, file.parent)
   file.parent.mkdir(parents=True, exist_ok=True)
   draft = file.with_suffix(".draft")
   draft.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -132,17 +187,41 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
       " --workdir)"
     )
   try:
-    return json.loads(file.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"workdir: {file} must be JSON; {error} (restore it from a copy)") from error
+    record = json.loads(file.read_text())
+    if not {"model", "data"} <= set(record["experiment"]) or "tokenizer" not in record:
+      raise KeyError("a field is missing")
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"workdir: {file} must be the record of a run; got {error!r} (restore it from a copy)"
+    ) from error
+  return record
+
+
+def stored_record(workdir: str | pathlib.Path, model: dict[str, Any]) -> dict[str, Any] | None:
+  """The record of the run in `workdir` if it has checkpoints, else None. Writes nothing.
+
+  Args:
+    model: the configuration to go on with; fields that change how a model is computed but not what
+      is stored are free.
+
+  Raises:
+    ValueError: the checkpoints are of another model (the message names both) or the record is
+      damaged. FileNotFoundError: checkpoints without a record.
+  """
+  steps = folder(workdir)
+  if not steps.is_dir() or not any(path.name.isdigit() for path in steps.iterdir()):
+    return None
+  record = read_config(workdir)
+  check_same_model(record["experiment"]["model"], model, pathlib.Path(workdir))
+  return record
 
 
 # Fields of a model that change how it is computed but not what is stored.
 _FREE_FIELDS = {"dtype", "remat", "loss_chunk", "implementation", "chunk_size"}
 
 
-def check_same_model(stored: dict, wanted: dict, workdir: pathlib.Path) -> None:
-  old, new = stored["experiment"]["model"], wanted["experiment"]["model"]
+def check_same_model(old: dict, new: dict, workdir: pathlib.Path) -> None:
+  """Raises ValueError where the configurations differ in more than free fields."""
   different = {
     name: (old.get(name), new.get(name))
     for name in sorted(set(old) | set(new))
@@ -157,7 +236,8 @@ def check_same_model(stored: dict, wanted: dict, workdir: pathlib.Path) -> None:
 
 
 def describe(model: dict) -> str:
-  return f"{model['family']} ({model['num_layers']} layers of width {model['features']})"
+  layers, width = model.get("num_layers"), model.get("features")
+  return f"{model.get('family')} ({layers} layers of width {width})"
 
 
 def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:
@@ -165,3 +245,8 @@ def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), state, shardings
   )
+
+
+def _shortened(error: Exception) -> str:
+  """The first line of what may be pages."""
+  return str(error).strip().partition("\n")[0][:200]

@@ -126,7 +126,14 @@ def from_config_dict(config: ml_collections.ConfigDict | dict) -> Experiment:
     ValueError: an unknown field (the nearest one is suggested) or a bad value.
   """
   raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-  parts = {part.name: dict(raw.get(part.name, {})) for part in _parts()}
+  known = [part.name for part in _parts()]
+  for name in raw:
+    if name not in known:
+      hint = models.nearest(name, known)
+      raise ValueError(f"config: {name} must be a part of an experiment; got it ({hint})")
+  parts = {name: dict(raw.get(name, {})) for name in known}
+  if "family" not in parts["model"]:
+    raise ValueError("config: model.family must name a family of the zoo; got none (transnormer)")
   family = parts["model"].pop("family")
   kinds = dict(
     model=models.config_class(family),

@@ -3,23 +3,28 @@
 import contextlib
 import math
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from attnzoo.experiments.data import Corpus, TrainBatches, describe_tokenizer, load_corpus
-from attnzoo.experiments.training import checkpoints, config, reports, state
+from attnzoo.experiments.data import (
+  Corpus,
+  TrainBatches,
+  check_tokenizer,
+  describe_tokenizer,
+  load_corpus,
+)
+from attnzoo.experiments.training import checkpoints, config, hosts, reports, state
 from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
 from attnzoo.zoo import models
 
 
-class NonFiniteLoss(RuntimeError):
-  """The loss or the gradient is NaN or infinite."""
+class NonFiniteLoss(FloatingPointError):
+  """The loss, the gradient or the weights are NaN or infinite."""
 
 
 class Run(NamedTuple):
@@ -60,12 +65,13 @@ def train(
   workdir = pathlib.Path(workdir).expanduser()
   mesh = state.make_mesh(experiment.mesh)
   state.check_divides(experiment, mesh)
+  stored = checkpoints.stored_record(workdir, config.to_json_dict(experiment)["model"])
   corpus = load_corpus(experiment.data, cache=workdir / "corpus")
   check_vocabulary(experiment, corpus)
+  if stored and stored["tokenizer"] and corpus.tokenizer is not None:
+    check_tokenizer(stored["tokenizer"], corpus.tokenizer)
   block, blocks = state.data_part(mesh)
   batches = TrainBatches(corpus, experiment.data, process_index=block, process_count=blocks)
-  if jax.process_index() == 0:
-    checkpoints.write_config(workdir, run_record(experiment, corpus))
   keep = dict(keep_last=experiment.train.keep_last, keep_best=experiment.train.keep_best)
   with (
     contextlib.closing(batches),
@@ -75,8 +81,9 @@ def train(
     parts, current, shardings = state.initial_state(experiment, mesh)
     restored = saved.restore(checkpoints.abstract_like(current, shardings))
     if restored is not None:
-      current = restored.state
-      batches.set_state(restored.record["data"].encode())
+      current = _resumed(current, restored, batches, workdir)
+    if hosts.is_first():
+      checkpoints.write_config(workdir, run_record(experiment, corpus))
     first_step, last_step = int(current.step), experiment.train.steps
     if first_step >= last_step:
       last_step = first_step + extend
@@ -86,26 +93,42 @@ def train(
     return _run(run, current)
 
 
+def _resumed(fresh: state.TrainState, restored, batches: TrainBatches, workdir) -> state.TrainState:
+  """The restored state, the data at its position; imported weights start a run of their own."""
+  position = restored.record["data"]
+  if position is None:
+    return fresh._replace(params=restored.state.params)
+  try:
+    batches.set_state(position.encode())
+  except ValueError as error:
+    raise ValueError(
+      f"workdir: {workdir} must be gone on with on its own data; {error} (or choose another"
+      " --workdir)"
+    ) from error
+  return restored.state
+
+
 def _run(run: Run, current: state.TrainState) -> Outcome:
-  metrics = reports.MetricsWriter(run.workdir)
+  metrics = reports.MetricsWriter(run.workdir, active=hosts.is_first())
   metrics.truncate_after(run.first_step)
+  progress = _progress(run)
   _say_what_starts(run)
   try:
-    with _sigterm() as stop:
-      current, evaluation = _steps(run, current, metrics, stop)
-    if evaluation is not None and run.experiment.train.eval_tokens:
-      evaluation = _evaluate(run, current, max_tokens=0)  # at the end of everything
+    with hosts.failing_together(), hosts.sigterm() as stop:
+      current, evaluation = _steps(run, current, metrics, progress, stop)
+      if evaluation is not None and run.experiment.train.eval_tokens:
+        evaluation = _evaluate(run, current, max_tokens=0)  # at the end of everything
   finally:
+    progress.close()
     metrics.close()
     run.saved.wait()
   return Outcome(run, current, evaluation)
 
 
-def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
+def _steps(run: Run, current: state.TrainState, metrics, progress, stop: Callable[[int], bool]):
   """Steps until the last one or a SIGTERM; returns (state, last evaluation or None)."""
   train = run.experiment.train
   step_function = jax.jit(state.make_train_step(run.experiment, run.parts), donate_argnums=0)
-  progress = _progress(run)
   if run.first_step == run.last_step:
     return current, _evaluate(run, current, train.eval_tokens)
   pending = None  # (step, metrics) that were not looked at yet, so that one step is under way
@@ -117,7 +140,7 @@ def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
     if step == run.first_step + 1:
       jax.block_until_ready(current)
       progress.start()
-    last, stopping = step == run.last_step, stop.is_set()
+    last, stopping = step == run.last_step, stop(step)
     log = last or stopping or step % train.log_every == 0
     assess = last or (train.eval_every and step % train.eval_every == 0 and not stopping)
     save = last or stopping or step % train.checkpoint_every == 0
@@ -131,6 +154,7 @@ def _steps(run: Run, current: state.TrainState, metrics, stop: threading.Event):
       metrics.write(step, evaluation.metrics())
       progress.say(f"step {step}/{run.last_step}  validation  {evaluation.describe()}")
     if save:
+      _check_worth_saving(run, step, current, evaluation)
       loss = None if evaluation is None else evaluation.loss
       run.saved.save(step, current, {"data": run.batches.get_state().decode()}, loss)
     progress.pause(time.monotonic() - began)
@@ -153,21 +177,32 @@ def _evaluate(run: Run, current: state.TrainState, max_tokens: int) -> Evaluatio
 def _check_finite(run: Run, step: int, metrics: state.Metrics) -> dict[str, float]:
   values = {name: float(value) for name, value in metrics._asdict().items()}
   if not all(map(math.isfinite, values.values())):
-    run.saved.wait()
-    kept = run.saved.steps
-    where = (
-      f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was written yet"
-    )
-    raise NonFiniteLoss(
-      f"train: loss and gradient must be finite; got loss {values['loss']}, gradient norm"
-      f" {values['grad_norm']} at step {step} ({where}; lower optimizer.learning_rate or"
-      " optimizer.clip_norm)"
-    )
+    got = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+    raise _non_finite(run, step, "loss and gradient", got)
   return values
 
 
+def _check_worth_saving(run: Run, step: int, current: state.TrainState, evaluation) -> None:
+  """The update may have broken weights whose loss was still finite."""
+  norm = float(jax.jit(optax.global_norm)(current.params))
+  loss = 0.0 if evaluation is None else evaluation.loss
+  if not math.isfinite(norm) or not math.isfinite(loss):
+    got = f"norm of the weights {norm}, validation loss {loss}"
+    raise _non_finite(run, step, "weights and validation loss", got)
+
+
+def _non_finite(run: Run, step: int, what: str, got: str) -> NonFiniteLoss:
+  run.saved.wait()
+  kept = run.saved.steps
+  where = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was written yet"
+  return NonFiniteLoss(
+    f"train: {what} must be finite; got {got} at step {step} ({where}; lower"
+    " optimizer.learning_rate or optimizer.clip_norm)"
+  )
+
+
 def _say_what_starts(run: Run) -> None:
-  if jax.process_index() != 0:
+  if not hosts.is_first():
     return
   experiment = run.experiment
   count = models.parameter_count(experiment.model)
@@ -192,6 +227,7 @@ def _progress(run: Run) -> reports.Progress:
     tokens_per_step=data.batch_size * data.sequence_length,
     flops_per_token=6 * models.parameter_count(run.experiment.model),
     peak_flops=reports.peak_flops(jax.devices()[0].device_kind, run.mesh.size),
+    active=hosts.is_first(),
   )
 
 
@@ -213,17 +249,3 @@ def check_vocabulary(experiment: config.Experiment, corpus: Corpus) -> None:
 def in_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
   """The mesh in force for everything traced inside; nothing for a single device."""
   return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-  """An event that a SIGTERM sets, instead of ending the process."""
-  stop = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop  # signals reach the main thread only
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-  try:
-    yield stop
-  finally:
-    signal.signal(signal.SIGTERM, before)

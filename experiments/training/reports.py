@@ -12,15 +12,22 @@ CURVES_FILE = "curves.png"
 
 
 class MetricsWriter:
-  """One JSON object per line in metrics.jsonl, and the same numbers for TensorBoard."""
+  """One JSON object per line in metrics.jsonl, and the same numbers for TensorBoard.
 
-  def __init__(self, workdir: str | pathlib.Path):
+  Nothing if not `active`: of several processes one writes.
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, *, active: bool = True):
+    self._path, self._active = pathlib.Path(workdir) / METRICS_FILE, active
+    if not active:
+      return
     from tensorboardX import SummaryWriter
 
-    self._path = pathlib.Path(workdir) / METRICS_FILE
     self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    if not self._active:
+      return
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **values}) + "\n")
     for name, value in values.items():
@@ -28,33 +35,39 @@ class MetricsWriter:
 
   def truncate_after(self, step: int) -> None:
     """Drops lines of steps that a resumed run will do again."""
-    if not self._path.exists():
+    if not self._active or not self._path.exists():
       return
-    kept = [
-      line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step
-    ]
+    kept = [json.dumps(m) for m in read_metrics(self._path.parent) if m["step"] <= step]
     draft = self._path.with_suffix(".draft")
     draft.write_text("".join(line + "\n" for line in kept))
     draft.replace(self._path)
 
   def close(self) -> None:
-    self._board.close()
+    if self._active:
+      self._board.close()
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, float]]:
+  """All lines; one that a killed process left unfinished is passed over."""
   path = pathlib.Path(workdir) / METRICS_FILE
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 class Progress:
-  """One line that says how far the run is: redrawn on a terminal, now and then elsewhere."""
+  """One line that says how far the run is: redrawn on a terminal, now and then elsewhere.
+
+  Says nothing if not `active`.
+  """
 
   def __init__(self, first_step: int, last_step: int, tokens_per_step: int, flops_per_token: float,
-               peak_flops: float | None):  # fmt: skip
+               peak_flops: float | None, *, active: bool = True):  # fmt: skip
     self._first, self._last = first_step, last_step
     self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
+    self._active = active
     self._start: float | None = None
     self._paused = 0.0
+    self._line_open = False
     self._terminal = sys.stderr.isatty()
 
   def start(self) -> None:
@@ -83,14 +96,25 @@ class Progress:
     if speed and self._peak:
       figures["mfu"] = speed * self._flops / self._peak
       parts.insert(3, f"MFU {figures['mfu']:.1%}")
+    if not self._active:
+      return figures
     line = "  ".join(parts)
-    end = "" if self._terminal and step < self._last else "\n"
+    self._line_open = self._terminal and step < self._last
+    end = "" if self._line_open else "\n"
     print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
     return figures
 
   def say(self, line: str) -> None:
     """A line of its own between two progress lines."""
-    print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+    if self._active:
+      print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+      self._line_open = False
+
+  def close(self) -> None:
+    """Ends a line that would have been redrawn, so that what follows has its own."""
+    if self._line_open:
+      print(file=sys.stderr, flush=True)
+    self._line_open = False
 
 
 def duration(seconds: float) -> str:

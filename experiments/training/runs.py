@@ -1,10 +1,13 @@
 """Loading what a run has learned, for evaluation and generation."""
 
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
+from attnzoo.experiments.data import Tokenizer, check_tokenizer, load_tokenizer
 from attnzoo.experiments.training import checkpoints, config, state
 
 
@@ -19,10 +22,10 @@ class LoadedRun(NamedTuple):
 
 
 def load(workdir: str | pathlib.Path, step: str = "best") -> LoadedRun:
-  """The parameters of one checkpoint of a run, on one device.
+  """The parameters of one checkpoint of a run, on one device; the rest of it is not read.
 
   Args:
-    workdir: folder of the run.
+    workdir: folder of the run. Nothing is written to it.
     step: "best" (lowest validation loss), "last", or a number.
 
   Raises:
@@ -30,20 +33,51 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> LoadedRun:
   """
   record = checkpoints.read_config(workdir)
   experiment = config.from_config_dict(record["experiment"])
-  saved = checkpoints.Checkpoints(workdir)
-  try:
+  if not checkpoints.folder(workdir).is_dir():
+    raise _no_checkpoint(workdir)
+  with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as saved:
     wanted = _step_number(saved, step, workdir)
-    mesh = state.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    parts, fresh, shardings = state.initial_state(experiment, mesh)
-    restored = saved.restore(checkpoints.abstract_like(fresh, shardings), wanted)
-  finally:
-    saved.close()
-  return LoadedRun(experiment, parts, restored.state.params, wanted, record["tokenizer"])
+    device = SingleDeviceSharding(jax.devices()[0])
+    parts, shapes = state.abstract_state(experiment)
+    like = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+      for name, x in shapes.params.items()
+    }
+    params = saved.restore_params(like, wanted)
+  parts = parts._replace(constants=state.constants(experiment))
+  return LoadedRun(experiment, parts, params, wanted, record["tokenizer"])
+
+
+def the_tokenizer(run: LoadedRun, path: str = "") -> Tokenizer:
+  """The tokenizer that the run was trained with, from `path` or where it was then.
+
+  Raises:
+    ValueError: it is not there or another one, or the run was trained on ids of unknown meaning.
+  """
+  data = run.experiment.data
+  if run.tokenizer is None and not path:
+    raise ValueError(
+      "--tokenizer must be given for a run on token files; got '' (the tokenizer.json they were"
+      " made with)"
+    )
+  tokenizer = load_tokenizer(path or data.tokenizer, data.end_token)
+  if run.tokenizer is not None:
+    check_tokenizer(run.tokenizer, tokenizer)
+  elif tokenizer.vocab_size > run.experiment.model.vocab_size:
+    raise ValueError(
+      f"--tokenizer must have at most the model's {run.experiment.model.vocab_size} ids; got"
+      f" {tokenizer.vocab_size} in {path} (the tokenizer.json the token files were made with)"
+    )
+  return tokenizer
+
+
+def _no_checkpoint(workdir) -> ValueError:
+  return ValueError(f"workdir: must hold a checkpoint; got {workdir} with none (train first)")
 
 
 def _step_number(saved: checkpoints.Checkpoints, step: str, workdir) -> int:
   if not saved.steps:
-    raise ValueError(f"workdir: must hold a checkpoint; got {workdir} with none (train first)")
+    raise _no_checkpoint(workdir)
   if step == "best":
     return saved.best_step()
   if step == "last":

@@ -138,6 +138,12 @@ def model_constants(experiment: Experiment) -> nnx.State:
   return jax.device_get(make())
 
 
+def constants(experiment: Experiment) -> nnx.State:
+  """What a model holds beside its parameters; those are not drawn for it."""
+  build = lambda: take_apart(zoo.build(experiment.model, nnx.Rngs(0)))[0].constants  # noqa: E731
+  return jax.jit(build)()
+
+
 def state_shardings(parts: Parts, state: TrainState, mesh: Mesh) -> TrainState:
   """Parameters over "data" and "model" by the names of their axes; moments like their parameter."""
   params = flatten(parameter_shardings(parts.template, mesh))

@@ -29,7 +29,9 @@ def finish(outcome: Outcome) -> None:
   per_byte, loss = evaluation.bits_per_byte, evaluation.loss
   to_target_bits = loss / math.log(2) / per_byte if per_byte else 1.0
   curves = reports.draw_curves(run.workdir, {n: v * to_target_bits for n, v in marks.items()})
-  if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None:
+  # Parts of the parameters lie with other processes: those have no part in this.
+  here = all(x.is_fully_addressable for x in outcome.state.params.values())
+  if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None and here:
     print(f"\nsample:\n{_sample(outcome)}\n")
   print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
   print(f"checkpoints {run.workdir / 'checkpoints'}")

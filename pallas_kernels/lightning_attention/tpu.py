@@ -1,8 +1,8 @@
 """Lightning attention as Pallas-Mosaic TPU kernels: one forward and one backward sweep over chunks.
 
 The grid is (batch, heads, steps); the steps of one head run in order on one core, each taking
-`unroll` chunks of `chunk` rows, and hand the [K, V] state on through VMEM. Symbols: C rows per chunk,
-n of them real, i a row; `up` and `down` are decay^(i+1) and decay^(n-1-i), as in `xla.py`.
+`unroll` chunks of `chunk` rows, and hand the [K, V] state on through VMEM. Symbols: C rows per
+chunk, n of them real, i a row; `up` and `down` are decay^(i+1) and decay^(n-1-i), as in `xla.py`.
 
 The backward is one reversed sweep. It reads the state before each chunk, which the training forward
 stored in the dtype of the inputs: the state only ever enters a product rounded to that dtype, so
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 class Scalars(NamedTuple):
-  """Scalar-prefetched refs; the last two are [B * N] (N chunks per sequence) and only used if packed.
+  """Scalar-prefetched refs; the last two are [B * N] for N chunks, and only there if packed.
 
   Documents are runs, so in a chunk the rows that continue the document before it come first, and
   the rows of the document that goes on after it come last: two numbers per chunk say which.
@@ -97,7 +97,7 @@ def _weights(plan, scalars, index, decay, document_end):
   """`index` counts the chunks of the sequence; `document_end` is int32 [1, C] or None.
 
   document_end holds, for every row of the chunk, the row after the last one of its document. Rows
-  i >= j are in one document exactly if i < document_end[j], which needs ids in one orientation only.
+  i >= j are in one document if i < document_end[j], which needs numbers in one orientation only.
   """
   mask_ref, up_ref, down_ref = decay
   count, real, first = plan.chunk, None, 0
@@ -178,7 +178,7 @@ def _forward_kernel(*refs, plan: Plan, save_states: bool):
 def _backward_kernel(*refs, plan: Plan):
   """Blocks: q, k, v, dO, d_final, states; out: dq, dk, dv, d_initial. Steps run from the last one.
 
-  As in the forward, first the chain of state cotangents, then what is independent of chunk to chunk.
+  As in the forward, first the chain of state cotangents, then what the chunks do alone.
   """
   scalars, blocks, ends_ref, rest = _split_refs(plan, refs, 6)
   *rows_refs, d_final_ref, states_ref = blocks
@@ -205,9 +205,9 @@ def _backward_kernel(*refs, plan: Plan):
 
 
 def _backward_chunk(plan, part, w, tiles, states, out_refs, scores_ref):
-  """dq, dk and dv of one chunk. scores_ref [2, C, C] holds A and P between the two products of each.
+  """dq, dk and dv of one chunk. scores_ref [2, C, C] holds P and A between two uses.
 
-  Without it the compiler keeps them in registers and spills.
+  (P, A: the masked dO V^T and Q K^T.) Without it the compiler keeps them in registers and spills.
   """
   q, k, v, do = tiles
   state, d_state = states
@@ -352,7 +352,7 @@ def kernel_shape(batch: int, length: int, heads: int, dim: int) -> tuple[int, ..
 def to_kernel_layout(x: jax.Array) -> jax.Array:
   """[B, T, H, D] -> [B, T, H * D] where a head fills whole lane tiles, else [B, H, T, D]."""
   shape = kernel_shape(*x.shape)
-  return x.reshape(shape) if len(shape) == 3 else x.transpose(0, 2, 1, 3)
+  return jnp.reshape(x, shape) if len(shape) == 3 else jnp.transpose(x, (0, 2, 1, 3))
 
 
 def from_kernel_layout(x: jax.Array, heads: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The differentiable TPU operator: layout, per-chunk document numbers, forward and backward rules."""
+"""The differentiable TPU operator: layout, document numbers per chunk, forward and backward."""
 
 import functools
 from typing import NamedTuple

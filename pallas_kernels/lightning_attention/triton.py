@@ -12,6 +12,7 @@ from ..triton_call import Gpu, Launch
 
 KERNELS = f"{__package__}.triton_kernels"
 MAX_DIM = 512
+CHUNKS = (16, 32, 64)  # products need 16 rows; more than 64 do not fit in registers
 MAX_PIECES = 16
 
 
@@ -31,7 +32,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """How one program of a sweep holds its slice of the state, [contracted axis, width]."""
+  """How one program of a sweep holds its slice of the state, [width, contracted axis]."""
 
   width: int
   num_warps: int
@@ -94,7 +95,9 @@ def _chunk(dim: int, float32: bool, gpu: Gpu) -> int:
 def _tile(dim: int, float32: bool, gpu: Gpu) -> Tile:
   """The tile of a sweep with a contracted axis of `dim`: a state of [width, dim] in registers."""
   if float32:
-    return Tile(32, 4, 2) if dim <= 128 else Tile(16, 4 if dim <= 256 else 8, 1)
+    if dim > 256:
+      return Tile(16, 8, 1)
+    return Tile(32 if dim <= 128 else 16, 4, 2)
   if dim <= 128:
     return _MAIN
   return Tile(64, 8, 2) if dim <= 256 else Tile(32, 8, 1)

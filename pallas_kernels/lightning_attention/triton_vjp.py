@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..triton_call import run_launches, target_gpu
-from .triton import MAX_DIM, Problem, backward_launches, choose_config, forward_launches
+from .triton import CHUNKS, MAX_DIM, Problem, backward_launches, choose_config, forward_launches
 from .xla import lightning_attention_xla
 
 NAME = "lightning_attention"
@@ -90,10 +90,10 @@ def _plan(query, value, segments, lengths, chunk_size):
       f"{NAME}: head_dim must be at most {MAX_DIM} for the Triton kernels; got K={key_dim}, "
       f'V={value_dim} (use more heads, or "xla")'
     )
-  if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
+  if chunk_size is not None and chunk_size not in CHUNKS:
     raise NotImplementedError(
-      f"{NAME}: chunk_size must be a power of two of at least 16 for the Triton kernels; got "
-      f'{chunk_size} (None picks one, or use "xla")'
+      f"{NAME}: chunk_size must be one of {CHUNKS} for the Triton kernels; got {chunk_size} "
+      '(None picks one, or use "xla")'
     )
   has = (segments is not None, lengths is not None)
   problem = Problem(batch, length, heads, key_dim, value_dim, query.dtype.name, *has)

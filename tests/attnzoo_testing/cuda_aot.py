@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU that is not there: single Triton launches, and whole programs by XLA."""
+"""Compiles for an NVIDIA GPU that is not there: Triton launches, and whole programs by XLA."""
 
 import contextlib
 import os

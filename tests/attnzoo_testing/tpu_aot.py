@@ -116,7 +116,7 @@ def schedules(code: str) -> dict[str, Schedule]:
 
 
 def _read_schedule(file: pathlib.Path) -> Schedule:
-  """Line 2 names the issue slots, line 3 says how many of each there are, then one line a bundle."""
+  """Line 2 names the issue slots, line 3 how many of each there are, then one line a bundle."""
   lines = file.read_text().splitlines()
   columns = [name.strip() for name in lines[1].split(",")]
   slots = dict(zip(columns, map(int, lines[2].split()), strict=True))

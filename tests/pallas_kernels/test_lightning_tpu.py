@@ -13,7 +13,7 @@ from attnzoo.pallas_kernels import lightning_attention
 from attnzoo.pallas_kernels.cases import tagged
 from attnzoo.pallas_kernels.lightning_attention.cases import CASES, make_inputs, minimum_bytes
 from attnzoo_testing.goldens import golden
-from attnzoo_testing.numerics import assert_as_exact, relative_error
+from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.tpu_aot import (
   compile_for_tpu,
   kernels,
@@ -206,7 +206,7 @@ def test_transformations():
 
 
 def test_decay_gradient_is_free_unless_asked_for():
-  """Its portable computation is a while loop; nothing of it is left in a gradient of q, k and v."""
+  """Nothing of its portable computation is left in a compiled gradient of q, k and v."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.standard_normal((1, 64, 1, 8)).astype(np.float32) for _ in range(3))
   log_decay = jnp.asarray([-0.1])
@@ -219,7 +219,7 @@ def test_decay_gradient_is_free_unless_asked_for():
 
   def named_work(argnums):
     compiled = jax.jit(jax.grad(loss, argnums), static_argnums=4).lower(q, k, v, log_decay, "tpu")
-    return compiled.compile().as_text().count("lightning_attention/xla.py")
+    return compiled.compile().as_text().count("bhcv,bhdv->bhcd")
 
   assert named_work((0, 1, 2)) == 0
   assert named_work(3) > 0
@@ -271,11 +271,17 @@ def program(case, dtype):
 
 @needs_libtpu
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
-@pytest.mark.parametrize("case", AOT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  ("case", "chip"),
+  [
+    *((case, chip) for case in AOT_CASES for chip in ("v5e", "v5p", "v6e")),
+    (BY_NAME["layer_1b_lrpe"], "v4"),  # the largest blocks in the smallest VMEM
+  ],
+  ids=lambda x: getattr(x, "name", x),
+)
 def test_compiles(case, chip):
   dtypes = [jnp.bfloat16]
-  if case.name in ("layer_1b_lrpe", "ragged_packed") and chip != "v4":
+  if case.name in ("layer_1b_lrpe", "ragged_packed") and chip == "v5e":
     dtypes.append(jnp.float32)
   for dtype in dtypes:
     fn, shapes = program(case, dtype)
@@ -294,10 +300,10 @@ def test_compiles(case, chip):
 # are 5 % above what jax 0.12.0.1 with libtpu 0.0.50.1 makes. On v6e a schedule without spills needs
 # 30 to 40 % more cycles (panels of 128 rows); its store slots are idle otherwise.
 SCHEDULES = {
-  ("v5e", "forward"): (3590, 0.70, 0),
-  ("v5e", "backward"): (8330, 0.70, 0),
-  ("v6e", "forward"): (2790, 0.57, 48),
-  ("v6e", "backward"): (6050, 0.59, 335),
+  ("v5e", "forward"): (3544, 0.72, 0),
+  ("v5e", "backward"): (8329, 0.70, 0),
+  ("v6e", "forward"): (2691, 0.57, 43),
+  ("v6e", "backward"): (6049, 0.59, 331),
 }
 
 _CHILD = """
