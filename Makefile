@@ -3,7 +3,7 @@
 #
 #   make train                                on the GPU or TPU if this machine has one, else the CPU
 #   JAX_PLATFORMS=cuda make train             says it explicitly (cpu, cuda or tpu)
-#   make train ARGS="--config.steps=100"      more flags for the program
+#   make train ARGS="--config.train.steps=100"      more flags for the program
 #   make test ARGS="-k lightning -x"          more flags for pytest
 #   make train PYTHON=/path/to/python3.13     which Python makes .venv (default: found, 3.12 or newer)
 
@@ -37,13 +37,13 @@ help: ## print this list
 	@echo "attnzoo (jax platform here: $(JAX_PLATFORMS))"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-train: ## set up and train the default model for a few minutes
+train: ## set up and train a small model for a few minutes; again: go on with it
 	@.ci/set-up data$(DEVICE)
-	$(PY) -m attnzoo.experiments.train $(ARGS)
+	$(PY) -m attnzoo.experiments.train --config=stdlib_small --extend=200 $(ARGS)
 
 train-long: ## the one-hour run on the Python standard library's source text
 	@.ci/set-up data$(DEVICE)
-	$(PY) -m attnzoo.experiments.train --config=experiments/configs/stdlib_long.py $(ARGS)
+	$(PY) -m attnzoo.experiments.train --config=stdlib_long --extend=500 $(ARGS)
 
 test: ## set up and run every test that needs no GPU
 	@.ci/set-up test

@@ -69,7 +69,8 @@ def analyse(text: str) -> Analysis:
   """Reads `compiled.as_text()` of a program for TPUs."""
   computations, entry = _parse(text)
   loops = [0]
-  collectives: dict[str, Collective] = {}
+  whole: list[Collective] = []
+  chained: dict[str, Collective] = {}
   kernels: dict[str, int] = {}
   arrays: dict[str, int] = {}
   for line, count, computation in _walk(computations, entry, 1, loops):
@@ -84,12 +85,15 @@ def analyse(text: str) -> Analysis:
       # One that overlaps with computation appears in pieces that are chained together. Where it is
       # spread over a loop, the piece that starts it outside tells how often it runs.
       chain = re.search(r'chain_id="?(\d+)', line.rest)
+      if chain is None:
+        whole.append(one)
+        continue
       channel = re.search(r"channel_id=(\d+)", line.rest)
-      name = f"{channel and channel[1]} {chain[1]}" if chain else f"{computation} {line}"
-      if name not in collectives or count < collectives[name].count:
-        collectives[name] = one
+      name = f"{channel and channel[1]} {chain[1]}"
+      if name not in chained or count < chained[name].count:
+        chained[name] = one
   largest = max(arrays.items(), key=lambda item: item[1], default=("", 0))
-  ordered = sorted(collectives.values(), key=lambda one: -one.count * one.bytes)
+  ordered = sorted((*whole, *chained.values()), key=lambda one: -one.count * one.bytes)
   return Analysis(tuple(ordered), kernels, largest, loops[0])
 
 

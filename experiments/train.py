@@ -19,7 +19,7 @@ from attnzoo.experiments.training import config, hosts, loop, summary
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,  # filled in by command_line, so that errors in overrides are reported like all others
-  f"Experiment: a file, or the name of one in configs/; {command_line.DEFAULT_CONFIG} if not given.",
+  f"Experiment: a file, or the name of one in configs/ (default {command_line.DEFAULT_CONFIG}).",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Folder of the run; empty = runs/<name of the config>."

@@ -52,16 +52,7 @@ def import_weights(
       corrupt file, or a preset whose layout was never published.
   """
   if isinstance(config, str):
-    if config in transnormer.NO_IMPORT:
-      raise ValueError(
-        f"import_weights: {config!r} cannot be imported: {transnormer.NO_IMPORT[config]}"
-      )
-    if config not in transnormer.PRESETS:
-      near = difflib.get_close_matches(config, transnormer.PRESETS, n=1, cutoff=0.0)
-      raise ValueError(
-        f"import_weights: config must be a preset; got {config!r} (did you mean {near[0]!r}?)"
-      )
-    config = transnormer.PRESETS[config]
+    config = preset(config)
   elif config is None:
     config = config_beside(source)
   config = dataclasses.replace(config, **overrides)
@@ -73,6 +64,18 @@ def import_weights(
     tensors,
     "TransNormerLLM with this configuration",
   )
+
+
+def preset(name: str) -> TransNormerConfig:
+  """The preset's configuration, if checkpoints of it can be imported."""
+  if name in transnormer.NO_IMPORT:
+    raise ValueError(f"import_weights: {name!r} cannot be imported: {transnormer.NO_IMPORT[name]}")
+  if name not in transnormer.PRESETS:
+    near = difflib.get_close_matches(name, transnormer.PRESETS, n=1, cutoff=0.0)
+    raise ValueError(
+      f"import_weights: config must be a preset; got {name!r} (did you mean {near[0]!r}?)"
+    )
+  return transnormer.PRESETS[name]
 
 
 def export_weights(
@@ -124,8 +127,8 @@ def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
   lrpe = raw.get("linear_use_lrpe_list") or [1] + [0] * (fields["num_layers"] - 1)
   if len(lrpe) != fields["num_layers"]:
     raise ValueError(
-      f"import_weights: linear_use_lrpe_list of {file} must have {fields['num_layers']} entries, one"
-      f" per layer; got {len(lrpe)} (was the file edited?)"
+      f"import_weights: linear_use_lrpe_list of {file} must have {fields['num_layers']} entries;"
+      f" got {len(lrpe)} (one per layer)"
     )
   patterns = {_lrpe_pattern(name, len(lrpe)): name for name in transnormer.LRPE_LAYERS}
   if tuple(lrpe) not in patterns:

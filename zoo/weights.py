@@ -33,7 +33,8 @@ class Slot(NamedTuple):
 def read_tensors(source: str | os.PathLike | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Name -> array from a mapping, a .safetensors or .bin file, or a folder of either.
 
-  Arrays of files are mapped: they take no memory of their own until they are used. In a folder an index (`*.index.json`) names the shards; without one every weight file is read.
+  In a folder an index (`*.index.json`) names the shards; without one every weight file is read.
+  Arrays of files are mapped: they take no memory of their own until they are used.
 
   Raises:
     FileNotFoundError: no such file, no weights in the folder, or a shard of the index is missing.

@@ -52,7 +52,11 @@ class Checkpoints:
       create=not read_only,
     )
     self._folder, self._read_only = folder(workdir), read_only
+    verbosity = logging.get_verbosity()
+    if read_only:  # the library warns of what was asked for
+      logging.set_verbosity(min(verbosity, logging.ERROR))
     self._manager = ocp.CheckpointManager(self._folder, options=options)
+    logging.set_verbosity(verbosity)
 
   @property
   def steps(self) -> list[int]:
@@ -164,6 +168,11 @@ def folder(workdir: str | pathlib.Path) -> pathlib.Path:
   return pathlib.Path(workdir).expanduser().resolve() / FOLDER
 
 
+def has_checkpoints(workdir: str | pathlib.Path) -> bool:
+  steps = folder(workdir)
+  return steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())
+
+
 def write_config(workdir: str | pathlib.Path, record: dict[str, Any]) -> None:
   """Stores what identifies the run beside its checkpoints."""
   file = pathlib.Path(workdir).expanduser() / CONFIG_FILE
@@ -208,8 +217,7 @@ def stored_record(workdir: str | pathlib.Path, model: dict[str, Any]) -> dict[st
     ValueError: the checkpoints are of another model (the message names both) or the record is
       damaged. FileNotFoundError: checkpoints without a record.
   """
-  steps = folder(workdir)
-  if not steps.is_dir() or not any(path.name.isdigit() for path in steps.iterdir()):
+  if not has_checkpoints(workdir):
     return None
   record = read_config(workdir)
   check_same_model(record["experiment"]["model"], model, pathlib.Path(workdir))

@@ -4,7 +4,7 @@ import json
 import math
 
 from attnzoo.experiments import baselines
-from attnzoo.experiments.data import DataConfig, read_text
+from attnzoo.experiments.data import DataConfig, DataError, read_text
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import reports, state
 from attnzoo.experiments.training.evaluation import Evaluation
@@ -22,7 +22,12 @@ def finish(outcome: Outcome) -> None:
     reports.draw_curves(run.workdir)
     return
   evaluation = outcome.evaluation
-  marks = _baselines(run) if run.experiment.train.baselines else {}
+  marks = {}
+  if run.experiment.train.baselines:
+    try:
+      marks = _baselines(run)
+    except DataError as error:  # token files have no text; the run is complete all the same
+      print(f"no baselines: {error}")
   print(_table(evaluation, marks))
   record = dict(step=int(outcome.state.step), **evaluation._asdict(), baselines=marks)
   (run.workdir / RESULT_FILE).write_text(json.dumps(record, indent=2) + "\n")
@@ -49,7 +54,10 @@ def _table(evaluation: Evaluation, marks: dict[str, float]) -> str:
 def _baselines(run: Run) -> dict[str, float]:
   """What compressors and n-gram models reach; computed once per workdir and corpus."""
   file = run.workdir / BASELINES_FILE
-  stored = json.loads(file.read_text()) if file.exists() else {}
+  try:
+    stored = json.loads(file.read_text()) if file.exists() else {}
+  except ValueError:  # written by a run that was killed
+    stored = {}
   if stored.get("corpus") != run.corpus.fingerprint:
     stored = dict(corpus=run.corpus.fingerprint, figures=_compute_baselines(run.experiment.data))
     file.write_text(json.dumps(stored, indent=2) + "\n")

@@ -63,14 +63,14 @@ def _sweep(
   segments,  # [B, T], read where SEGMENTS
   lengths,  # [B], read where LENGTHS
   start_state,  # [B, H, DIM, WIDTH] by the strides below, read where OUTPUT
-  sums,  # [PIECES - 1, B, H, DIM, WIDTH] likewise: what each piece adds to a state that was 0
-  end_state,  # [B, H, DIM, WIDTH] likewise, written by the piece swept last
+  sums,  # [PIECES - 1, B, H, DIM, WIDTH] likewise; else written: what a piece adds to a state
+  end_state,  # [B, H, DIM, WIDTH], written by the piece swept last
   head_index,  # of B * H
   piece,
   tile,
   reverse,  # sweeps from the end of the sequence
   store_end,  # whether `end_state` is wanted
-  state_row,  # strides of the states
+  state_row,  # strides of the states that are read
   state_column,
   HEADS_ALL: tl.constexpr,  # B * H
   T: tl.constexpr,
@@ -170,12 +170,15 @@ def _sweep(
     entering = (v * enter[:, None]).to(v.dtype)
     state = tl.dot(tl.trans(entering), k, state * carry, input_precision=PRECISION)
 
+  # States are only stored as [DIM, WIDTH]. The constant strides matter: with `state_tile` the
+  # compiler keeps its offsets, a register for each element of the state, all through the loop.
+  end_tile = columns[:, None] + dims[None, :] * WIDTH
   if not OUTPUT:
-    added = sums + (piece - shift) * sums_stride + state_base + state_tile
+    added = sums + (piece - shift) * sums_stride + state_base + end_tile
     tl.store(added, state, mask=state_mask)
   if OUTPUT:
     if piece == tl.where(reverse, 0, PIECES - 1) and store_end:
-      tl.store(end_state + state_base + state_tile, state, mask=state_mask)
+      tl.store(end_state + state_base + end_tile, state, mask=state_mask)
 
 
 @triton.jit

@@ -35,6 +35,9 @@ def compile_launch(launch: Launch, dtypes: dict[str, str], gpu: Gpu) -> Resource
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
 
+  # jax-triton 0.3 sets this to "" when it is imported, which triton takes for a missing folder.
+  if os.environ.get("TRITON_CACHE_DIR") == "":
+    del os.environ["TRITON_CACHE_DIR"]
   kernel = load_kernel(launch)
   dtypes = dict(dtypes) | {name: shape.dtype.name for name, shape in launch.outputs.items()}
   pointers = [_POINTERS[dtypes[name]] for name in (*launch.inputs, *launch.outputs)]

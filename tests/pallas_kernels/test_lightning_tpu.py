@@ -208,7 +208,7 @@ def test_transformations():
 def test_decay_gradient_is_free_unless_asked_for():
   """Nothing of its portable computation is left in a compiled gradient of q, k and v."""
   rng = np.random.default_rng(0)
-  q, k, v = (rng.standard_normal((1, 64, 1, 8)).astype(np.float32) for _ in range(3))
+  q, k, v = (jnp.asarray(rng.standard_normal((1, 64, 1, 8)), jnp.float32) for _ in range(3))
   log_decay = jnp.asarray([-0.1])
 
   def loss(q, k, v, log_decay, implementation):
