@@ -23,6 +23,9 @@ from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_
 from attnzoo.zoo import models
 
 
+_NORM = jax.jit(optax.tree.norm)
+
+
 class NonFiniteLoss(FloatingPointError):
   """The loss, the gradient or the weights are NaN or infinite."""
 
@@ -184,7 +187,7 @@ def _check_finite(run: Run, step: int, metrics: state.Metrics) -> dict[str, floa
 
 def _check_worth_saving(run: Run, step: int, current: state.TrainState, evaluation) -> None:
   """The update may have broken weights whose loss was still finite."""
-  norm = float(jax.jit(optax.global_norm)(current.params))
+  norm = float(_NORM(current.params))
   loss = 0.0 if evaluation is None else evaluation.loss
   if not math.isfinite(norm) or not math.isfinite(loss):
     got = f"norm of the weights {norm}, validation loss {loss}"

@@ -213,7 +213,7 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(sums.loss / count, sums.correct / count, optax.global_norm(grads))
+    metrics = Metrics(sums.loss / count, sums.correct / count, optax.tree.norm(grads))
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step

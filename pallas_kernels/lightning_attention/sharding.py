@@ -63,7 +63,7 @@ def sharded_lightning_attention(
   initial_state: Float[Array, "B H K V"] | None = None,
   chunk_size: int | None = None,
   implementation: str | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """`lightning_attention` with the batch, the heads and, if wanted, the sequence over mesh axes.
 

@@ -54,6 +54,18 @@ def _segment_before(segments, position, length):
 
 
 @triton.jit
+def _carry(segments, rate, start, length, COUNT: tl.constexpr, SEGMENTS: tl.constexpr):
+  """How much of a state is left after `COUNT` tokens; those past `length` do nothing."""
+  count = tl.minimum(tl.maximum(length - start, 0), COUNT)
+  carry = tl.exp(rate * count)
+  if SEGMENTS:
+    before = _segment_before(segments, start, length)
+    after = _segment_before(segments, start + COUNT, length)
+    carry = tl.where(before == after, carry, 0.0)
+  return carry
+
+
+@triton.jit
 def _sweep(
   query,  # [B, T, H, DIM], read where OUTPUT
   key,  # [B, T, H, DIM]
@@ -113,12 +125,7 @@ def _sweep(
     if PIECES > 1:
       for step in range(tl.where(reverse, PIECES - 1 - piece, piece)):
         other = tl.where(reverse, PIECES - 1 - step, step)
-        count = tl.minimum(tl.maximum(length - other * PIECE, 0), PIECE)
-        carry = tl.exp(rate * count)
-        if SEGMENTS:
-          before = _segment_before(segments, other * PIECE, length)
-          after = _segment_before(segments, (other + 1) * PIECE, length)
-          carry = tl.where(before == after, carry, 0.0)
+        carry = _carry(segments, rate, other * PIECE, length, PIECE, SEGMENTS)
         added = sums + (other - shift) * sums_stride + state_base + state_tile
         state = state * carry + tl.load(added, mask=state_mask, other=0.0)
 

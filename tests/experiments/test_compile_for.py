@@ -115,7 +115,7 @@ HloModule jit_step
 
 %inner_body (p: (u32[])) -> (u32[]) {
   %piece.on = bf16[64,8]{1,0} fusion(%x), kind=kOutput, calls=%piece.2
-  %k = f32[4] custom-call(%q), custom_call_target="tpu_custom_call", op_name="a/lightning/pallas_call"
+  %k = f32[4] custom-call(%q), custom_call_target="tpu_custom_call", op_name="lightning/pallas_call"
 }
 
 %inner_condition (p: (u32[])) -> pred[] {

@@ -13,12 +13,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from attnzoo_testing.numerics import relative_error
 
 from attnzoo import zoo
 from attnzoo.experiments.data import DataConfig
 from attnzoo.experiments.training import checkpoints, config, hosts, loop, reports, state
 from attnzoo.experiments.training.evaluation import place_batch
+from attnzoo_testing.numerics import relative_error
 
 BATCH, LENGTH, VOCABULARY = 16, 16, 60
 

@@ -153,11 +153,13 @@ def compare(results, run):
   return assert_as_exact(results, portable, truth, np.dtype(run[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
 def test_interpreter(interpreted, run):
   compare(interpreted[run], run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_seen(interpreted, fault):
   with pytest.raises(AssertionError, match="above"):
