@@ -66,6 +66,8 @@ def _readable(error: Exception) -> str:
   if suggested := re.search(r'Did you mean "(.*?)" instead of "(.*?)"\?', text):
     right, wrong = suggested.groups()
     return f"there is no field {wrong!r}; did you mean {right!r}?"
+  if "Error whilst parsing config file" in text:  # a whole traceback; its last line is ours
+    return "--config: " + text.strip().splitlines()[-1].partition(": ")[2]
   return text
 
 

@@ -5,8 +5,11 @@
         --mesh=data=128,model=4 --batch_size=512 --json=runs/7b.json
 
 Needs the package libtpu and no TPU: it is the compiler that pods use, on the step that `train`
-runs. Prints the memory of one chip, the collectives with loops multiplied out, and the Pallas kernels.
-Exit code 0 if the step fits, 1 if it does not, 2 for what cannot be compiled.
+runs. Prints the memory of one chip, the collectives with loops multiplied out, and the Pallas
+kernels. Exit code 0 if the step fits, 1 if it does not, 2 for what cannot be compiled.
+
+A collective's bytes are those of the whole array, once a run. Where the compiler takes a gather of
+weights apart to work on each part as it arrives, its parts are listed as collective-permutes.
 """
 
 import dataclasses

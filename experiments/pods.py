@@ -196,17 +196,21 @@ def _batch(experiment: Experiment, mesh) -> dict[str, jax.ShapeDtypeStruct]:
   return {n: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for n, kind in kinds.items()}
 
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+# What the compiler says of HBM, found out early by an estimate or late by the layout.
+_OVERFLOWS = (rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", rf"Used {_SIZE} of {_SIZE} hbm")
 
 
 def _compile(lowered):
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not used:
-      raise
-    need, need_unit, limit, limit_unit = used.groups()
-    raise DoesNotFit(
-      round(float(need) * _UNITS[need_unit]), round(float(limit) * _UNITS[limit_unit])
-    ) from error
+    for pattern in _OVERFLOWS:
+      if found := re.search(pattern, str(error)):
+        number, unit, limit, limit_unit = found.groups()
+        raise DoesNotFit(_to_bytes(number, unit), _to_bytes(limit, limit_unit)) from error
+    raise  # such as a kernel that needs more VMEM than there is
+
+
+def _to_bytes(number: str, unit: str) -> int:
+  return round(float(number) * 2 ** (10 * " KMGT".index(unit or " ")))

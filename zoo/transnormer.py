@@ -12,10 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..layers import Block, DecoderLM, GatedLinearUnit, LightningMixer, LightningMixerConfig
+from ..layers import (
+  Block,
+  DecoderLM,
+  GatedLinearUnit,
+  LightningMixer,
+  LightningMixerConfig,
+  activation,
+)
 from ..layers.norms import make_norm
 from ..pallas_kernels.lightning_attention.decay import LADDERS, decay_rates
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 LRPE_LAYERS = ("first", "all", "all_but_first", "none")
 
 
@@ -63,6 +71,11 @@ class TransNormerConfig:
       self._fail("lrpe_layers", f"be one of {LRPE_LAYERS}", "the released models use 'first'")
     if self.decay_ladder not in LADDERS:
       self._fail("decay_ladder", f"be one of {LADDERS}", "the released models use 'alibi'")
+    for name in ("activation", "value_activation", "gate_activation", "glu_activation"):
+      activation(getattr(self, name))  # raises for an unknown one
+    for name in ("dtype", "param_dtype"):
+      if getattr(self, name) not in _DTYPES:
+        self._fail(name, f"be one of {_DTYPES}", "numbers are added up in float32 all the same")
     if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
       self._fail("pad_id", f"lie in [0, {self.vocab_size})", "None for no padding token")
 

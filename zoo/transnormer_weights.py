@@ -105,6 +105,8 @@ def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
       " TransNormerConfig)"
     )
   path = pathlib.Path(source)
+  if not path.exists():
+    raise FileNotFoundError(f"import_weights: source must exist; got {path} (no such file)")
   file = (path if path.is_dir() else path.parent) / "config.json"
   if not file.exists():
     raise FileNotFoundError(

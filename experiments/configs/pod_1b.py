@@ -1,13 +1,13 @@
-"""TransNormerLLM 1B on a slice of 16 TPU chips: sharded parameters, bfloat16, layers computed twice.
+"""TransNormerLLM 1B on a slice of 16 TPU chips: sharded parameters, bfloat16, full remat.
 
 Command   on every host of the slice, with a workdir that all of them see:
-          python -m attnzoo.experiments.train --config=pod_1b --distributed --workdir=<shared folder> \
-            --config.data.path=<folder with train.bin and val.bin>
+          python -m attnzoo.experiments.train --config=pod_1b --distributed \
+            --workdir=<shared folder> --config.data.path=<folder with train.bin and val.bin>
           another shape: --config.mesh.model=2 (heads, width), --config.mesh.seq=2 (long rows)
           what it needs, told without a TPU: python -m attnzoo.experiments.compile_for \
             --model=transnormer-1b --topology=v5e:4x4 --mesh=data=16 --batch_size=64
-Paper     TransNormerLLM (2023); its 1B model saw 1.2 T tokens. The recipe of the released models was
-          not published: rate, batch and length are ours
+Paper     TransNormerLLM (2023); its 1B model saw 1.2 T tokens. The recipe of the released models
+          was not published: rate, batch and length are ours
 Expected  not measured here
 Hardware  written for v5e:4x4, 64 rows of 2048 a step; also fits v5p and v6e slices of 16
 """

@@ -44,6 +44,9 @@ class Checkpoints:
           get_metric_fn=goodness, n=keep_best, keep_checkpoints_without_metrics=False
         )
       )
+    verbosity = logging.get_verbosity()
+    if read_only:  # the library warns of what was asked for
+      logging.set_verbosity(min(verbosity, logging.ERROR))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
       best_fn=goodness,
@@ -52,10 +55,19 @@ class Checkpoints:
       create=not read_only,
     )
     self._folder, self._read_only = folder(workdir), read_only
-    verbosity = logging.get_verbosity()
-    if read_only:  # the library warns of what was asked for
-      logging.set_verbosity(min(verbosity, logging.ERROR))
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    try:
+      self._manager = ocp.CheckpointManager(self._folder, options=options)
+    except ValueError:  # the library reads all metrics when it starts
+      damaged = _with_damaged_metrics(self._folder)
+      if not damaged:
+        raise
+      if read_only:
+        raise ValueError(
+          f"workdir: {self._folder} must hold checkpoints that can be read; the metrics of steps"
+          f" {damaged} cannot (train on to have them moved away, or move them)"
+        ) from None
+      _move_away(self._folder, damaged)
+      self._manager = ocp.CheckpointManager(self._folder, options=options)
     logging.set_verbosity(verbosity)
 
   @property
@@ -100,7 +112,8 @@ class Checkpoints:
         logging.warning("The checkpoint of step %d cannot be read: %s", step, failures[step])
         continue
       if failures:
-        self._set_aside(list(failures))
+        _move_away(self._folder, list(failures))
+        self._manager.reload()
       return restored
     if failures:
       listed = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
@@ -142,20 +155,6 @@ class Checkpoints:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       return reader.restore(self._folder / str(step) / "state", args=args)
-
-  def _set_aside(self, steps: list[int]) -> None:
-    """Moves damaged checkpoints away, where they neither count as newest nor block their step."""
-    if jax.process_index() == 0:
-      for step in steps:
-        target = self._folder.parent / DAMAGED / str(step)
-        while target.exists():
-          target = target.with_name(target.name + "_")
-        target.parent.mkdir(exist_ok=True)
-        (self._folder / str(step)).rename(target)
-        logging.warning("The damaged checkpoint of step %d was moved to %s", step, target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("attnzoo: damaged checkpoints moved")
-    self._manager.reload()
 
   def wait(self) -> None:
     self._manager.wait_until_finished()
@@ -258,3 +257,27 @@ def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:
 def _shortened(error: Exception) -> str:
   """The first line of what may be pages."""
   return str(error).strip().partition("\n")[0][:200]
+
+
+def _with_damaged_metrics(steps: pathlib.Path) -> list[int]:
+  damaged = []
+  for file in steps.glob("[0-9]*/metrics/metrics"):
+    try:
+      json.loads(file.read_text())
+    except ValueError:
+      damaged.append(int(file.parts[-3]))
+  return sorted(damaged)
+
+
+def _move_away(steps: pathlib.Path, damaged: list[int]) -> None:
+  """Moves damaged checkpoints to where they neither count as newest nor block their step."""
+  if jax.process_index() == 0:
+    for step in damaged:
+      target = steps.parent / DAMAGED / str(step)
+      while target.exists():
+        target = target.with_name(target.name + "_")
+      target.parent.mkdir(exist_ok=True)
+      (steps / str(step)).rename(target)
+      logging.warning("The checkpoint of step %d cannot be read, it was moved to %s", step, target)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("attnzoo: damaged checkpoints moved")

@@ -22,7 +22,6 @@ from attnzoo.experiments.training import checkpoints, config, hosts, reports, st
 from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
 from attnzoo.zoo import models
 
-
 _NORM = jax.jit(optax.tree.norm)
 
 

@@ -49,7 +49,7 @@ class Programs:
 
   def __init__(self, folder: pathlib.Path, **environment: str):
     folder.mkdir(parents=True, exist_ok=True)
-    self._folder, self._count = folder, 0
+    self.folder, self._count = folder, 0
     env = os.environ | {"PYTHONPATH": str(ROOT / ".ns"), "JAX_PLATFORMS": "cpu"} | environment
     env["XLA_FLAGS"] = ""
     self._server = subprocess.Popen(
@@ -60,7 +60,7 @@ class Programs:
   def start(self, module: str, *arguments: str) -> int:
     """Starts a program; returns its process id. `finish` must follow."""
     self._count += 1
-    self._files = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
+    self._files = [self.folder / f"{self._count}.{name}" for name in ("out", "err")]
     request = [module, list(map(str, arguments)), *map(str, self._files)]
     self._server.stdin.write(json.dumps(request) + "\n")
     self._server.stdin.flush()

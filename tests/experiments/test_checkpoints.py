@@ -1,6 +1,7 @@
 """What is kept, what happens to damaged checkpoints, and that interrupted runs go on."""
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -112,6 +113,12 @@ def parts(step):
   }
 
 
+# A read that fails leaves other reads of tensorstore behind, which miss the reader's event loop.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])
 @pytest.mark.parametrize("part", ["record", "numbers", "manifest", "everything"])
 def test_a_damaged_newest_checkpoint(part, damage, trained, copy, experiment, caplog):
@@ -128,8 +135,8 @@ def test_a_damaged_newest_checkpoint(part, damage, trained, copy, experiment, ca
     np.testing.assert_array_equal(outcome.state.params[name], value)
   assert "The checkpoint of step 6 cannot be read" in caplog.text
   assert (copy / "damaged" / "6").is_dir()
-  # The step was saved anew, and is whole.
-  assert loop.train(experiment, copy).run.first_step == 6
+  assert runs.load(copy, "last").step == 6  # saved anew, and whole
+  gc.collect()  # what the failed reads left behind is reported here, not in later tests
 
 
 def test_only_damaged_checkpoints(copy, experiment):
@@ -143,6 +150,7 @@ def test_only_damaged_checkpoints(copy, experiment):
   assert {path.name for path in checkpoints.folder(copy).iterdir()} >= {"3", "6"}
   with pytest.raises(ValueError, match=r"step 6 in .* cannot be read;.*other steps there: \[3\]"):
     runs.load(copy, "last")
+  gc.collect()
 
 
 def test_half_written_checkpoints_are_ignored(copy, experiment):
@@ -206,7 +214,7 @@ def last_step(workdir):
 
 @pytest.mark.slow
 def test_signals(programs, experiment, tmp_path):
-  """SIGTERM saves and exits with 0; SIGKILL loses what came after the last checkpoint; both go on."""
+  """SIGTERM saves and exits with 0; SIGKILL loses what follows the last checkpoint; both go on."""
   workdir = tmp_path / "run"
   endless = flags_of(experiment, workdir, steps=10**6, checkpoint_every=10**6)
   process = programs.start("train", *endless)

@@ -24,9 +24,11 @@ BATCH, LENGTH, VOCABULARY = 16, 16, 60
 
 
 def experiment(mesh, *, pieces=2, **model):
-  sizes = dict(vocab_size=VOCABULARY, features=32, num_layers=3, heads=4, glu_dim=48, eos_id=None)
+  sizes = dict(vocab_size=VOCABULARY, features=32, num_layers=2, heads=4, glu_dim=48, eos_id=None)
   return config.Experiment(
-    model=zoo.get_config("transnormer-tiny", **sizes | dict(loss_chunk=3, chunk_size=4) | model),
+    model=zoo.get_config(
+      "transnormer-tiny", **sizes | dict(lrpe_layers="all", loss_chunk=3, chunk_size=4) | model
+    ),
     data=DataConfig(sequence_length=LENGTH, batch_size=BATCH),
     optimizer=config.OptimizerConfig(warmup_steps=1, z_loss=0.1),
     train=config.TrainConfig(steps=10, grad_accumulation=pieces),
@@ -129,7 +131,11 @@ def _mesh_of(processes):
     (("", None, None), "--distributed must run on a TPU pod"),
   ],
 )
-def test_wrong_places_of_processes(given, message):
+def test_wrong_places_of_processes(given, message, monkeypatch):
+  def initialize():  # what jax says where it finds no pod
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
   with pytest.raises(ValueError, match=message):
     hosts.join(*given)
 

@@ -211,9 +211,9 @@ def test_summary(straight, text, tmp_path, capsys, monkeypatch):
   from matplotlib import image
 
   pixels = image.imread(straight[2] / reports.CURVES_FILE)[..., :3]
-  colours = {tuple(c) for c in (pixels.reshape(-1, 3)[::3] * 255).astype(int)}
   for curve in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # training, validation, xz
-    assert curve in colours
+    distance = np.abs(pixels - np.array(curve) / 255).max(-1).min()
+    assert distance < 0.25, "no such curve"  # thin dashes are blended with the background
   monkeypatch.setattr(summary, "_compute_baselines", lambda data: pytest.fail("not cached"))
   summary.finish(outcome)
   assert "order-2 bytes" in capsys.readouterr().out
