@@ -15,16 +15,18 @@ def get_config():
   return config.to_config_dict(
     config.Experiment(
       model=zoo.get_config(
-        "transnormer-tiny", features=192, num_layers=4, heads=6, glu_dim=512, loss_chunk=512
+        "transnormer-tiny", features=192, num_layers=4, heads=3, glu_dim=512, loss_chunk=512
       ),
-      data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
-      optimizer=config.OptimizerConfig(learning_rate=3e-3, warmup_steps=50, weight_decay=0.1),
+      data=DataConfig(source="stdlib", sequence_length=256, batch_size=8),
+      optimizer=config.OptimizerConfig(
+        name="muon", learning_rate=4e-3, schedule="linear", warmup_steps=50
+      ),
       train=config.TrainConfig(
-        steps=600,
-        log_every=20,
-        eval_every=200,
-        eval_tokens=131_072,
-        checkpoint_every=200,
+        steps=500,
+        log_every=10,
+        eval_every=100,
+        eval_tokens=65_536,
+        checkpoint_every=100,
         sample_tokens=400,
         baselines=True,
       ),

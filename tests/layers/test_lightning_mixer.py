@@ -1,4 +1,4 @@
-"""The lightning mixer and its parts against the published modules, and against itself step by step."""
+"""The lightning mixer and its parts: against the published modules, and step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +189,7 @@ def test_example_module_of_the_operator_repository():
 
 
 def test_minimax_mixer():
-  """A second, independent implementation: weighted RMSNorm, full sigmoid gate, other decay ladder."""
+  """A second, independent source: weighted RMSNorm, full sigmoid gate, other decay ladder."""
   g = golden("transnormer_minimax_mixer")
   heads, features = 4, g["in/x"].shape[-1]
   rates = decay_rates(heads, layer=1, num_layers=4, ladder="power")
