@@ -19,8 +19,10 @@ def get_config():
     dataclasses.replace(
       small,
       model=zoo.get_config(
-        "transnormer-tiny", features=256, num_layers=6, heads=8, glu_dim=704, loss_chunk=512
+        "transnormer-tiny", features=256, num_layers=6, heads=4, glu_dim=704, loss_chunk=512
       ),
-      train=dataclasses.replace(small.train, steps=8000, eval_every=1000, checkpoint_every=500),
+      data=dataclasses.replace(small.data, batch_size=16),
+      optimizer=dataclasses.replace(small.optimizer, learning_rate=3e-3, warmup_steps=100),
+      train=dataclasses.replace(small.train, steps=2000, eval_every=250, checkpoint_every=250),
     )
   )
