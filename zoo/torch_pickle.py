@@ -59,7 +59,7 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise pickle.UnpicklingError(f"it has {len(pickles)} files called data.pkl")
       root = pickles[0].removesuffix("data.pkl")
       with archive.open(pickles[0]) as stream:
-        contents = _TensorUnpickler(stream, archive, root).load()
+        contents = _TensorUnpickler(stream, archive, path, root).load()
   except _DAMAGE as error:
     raise ValueError(
       f"import_weights: {path} must be an intact PyTorch file of plain tensors; {error}"
@@ -81,9 +81,9 @@ class _Storage:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-  def __init__(self, stream, archive: zipfile.ZipFile, root: str):
+  def __init__(self, stream, archive: zipfile.ZipFile, path: pathlib.Path, root: str):
     super().__init__(stream)
-    self._archive, self._root = archive, root
+    self._archive, self._path, self._root = archive, path, root
 
   def find_class(self, module: str, name: str):
     if (module, name) == ("collections", "OrderedDict"):
@@ -108,11 +108,11 @@ class _TensorUnpickler(pickle.Unpickler):
       return np.frombuffer(self._archive.read(member), dtype, count)
     with self._archive.open(member):  # checks the local header that precedes the numbers
       pass
-    header = self._archive.fp
-    header.seek(member.header_offset + 26)
-    name, extra = (int.from_bytes(header.read(2), "little") for _ in range(2))
+    with self._path.open("rb") as header:
+      header.seek(member.header_offset + 26)
+      name, extra = (int.from_bytes(header.read(2), "little") for _ in range(2))
     start = member.header_offset + 30 + name + extra
-    return np.memmap(self._archive.filename, dtype, mode="r", offset=start, shape=(count,))
+    return np.memmap(self._path, dtype, mode="r", offset=start, shape=(count,))
 
 
 def _tensor(storage, offset, shape, strides, *_):

@@ -59,12 +59,12 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
   save_file(arrays, str(path), metadata={"format": "pt"})
 
 
-def load_slots(
-  build: Callable[[], nnx.Module],
+def load_slots[Model: nnx.Module](
+  build: Callable[[], Model],
   slots: Iterable[Slot],
   tensors: Mapping[str, np.ndarray],
   what: str,
-) -> nnx.Module:
+) -> Model:
   """The model of `build` with published tensors as its parameters.
 
   Fresh weights are never drawn. Needs memory for the parameters in their own dtype, once, and while

@@ -61,7 +61,7 @@ def one_device(folder: pathlib.Path):
     jax_persistent_cache_min_entry_size_bytes=0,
   )
   before = {name: getattr(jax.config, name) for name in cache}
-  state.make_mesh = lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1])
+  state.make_mesh = lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1])
   for name, value in cache.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
