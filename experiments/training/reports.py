@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 
@@ -153,10 +155,17 @@ def draw_curves(
   metrics = read_metrics(workdir)
   figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
   for key, label in (("loss", "training"), ("validation_loss", "validation")):
-    points = [(m["step"], m[key] / math.log(2)) for m in metrics if key in m]
-    if points:
-      marker = "o" if key == "validation_loss" else None
-      axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3, linewidth=1.2)
+    steps = [m["step"] for m in metrics if key in m]
+    bits = np.array([m[key] / math.log(2) for m in metrics if key in m])
+    if not steps:
+      continue
+    if key == "loss":  # of single batches, and so noisy
+      axes.plot(steps, bits, color="C0", alpha=0.3, linewidth=0.8)
+      window = max(len(bits) // 20, 1)
+      sums = np.cumsum(np.pad(bits, (window, 0), mode="edge"))
+      bits = (sums[window:] - sums[:-window]) / window
+    marker = "o" if key == "validation_loss" else None
+    axes.plot(steps, bits, label=label, marker=marker, markersize=3, linewidth=1.2)
   for number, (name, value) in enumerate((lines or {}).items()):
     axes.axhline(value, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
   axes.set(xlabel="step", ylabel="bits per target", title=pathlib.Path(workdir).name)

@@ -119,6 +119,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])
 @pytest.mark.parametrize("part", ["record", "numbers", "manifest", "everything"])
 def test_a_damaged_newest_checkpoint(part, damage, trained, copy, experiment, caplog):

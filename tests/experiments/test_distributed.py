@@ -74,6 +74,7 @@ def one_device():
   return reference, {n: relative_error(x, reference[n])[0] for n, x in reordered.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)], ids=str)
 def test_a_step_on_a_mesh_is_that_of_one_device(mesh):
   reference, noise = one_device()

@@ -40,6 +40,7 @@ def greedy(model, prompt, count):
 PROMPTS = [[104, 101], list(range(60, 99)), [256], list(range(97, 110))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 16], ids=["at once", "in pieces"])
 def test_greedy_is_the_argmax_of_the_whole_sequence(model, chunk, monkeypatch):
   if chunk:

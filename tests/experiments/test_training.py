@@ -64,6 +64,7 @@ def stopped_after(experiment, steps, workdir, monkeypatch):
   return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("optimizer", "train"),
   [
@@ -111,6 +112,7 @@ def test_steps_that_are_done_again_are_not_listed_twice(straight, text, tmp_path
   assert numbers(tmp_path) == numbers(workdir)
 
 
+@pytest.mark.slow
 def test_extending_a_complete_run(straight, tmp_path, capsys):
   experiment, outcome, workdir = straight
   again = loop.train(experiment, workdir)
@@ -152,6 +154,7 @@ def test_another_model_other_data_or_another_tokenizer_is_refused(straight, text
   assert snapshot(workdir) == before
 
 
+@pytest.mark.slow
 def test_how_a_model_is_computed_may_change(straight, tmp_path, monkeypatch):
   experiment, _, workdir = straight
   stopped_after(experiment, 3, tmp_path, monkeypatch)
@@ -197,6 +200,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(straight, text, tmp_path):
     loop.train(wild, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_summary(straight, text, tmp_path, capsys, monkeypatch):
   experiment = changed(straight[0], train=dict(baselines=True))
   outcome = loop.train(experiment, straight[2])

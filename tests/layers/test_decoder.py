@@ -56,6 +56,7 @@ def test_a_head_of_its_own():
   assert not np.array_equal(model.head[...], model.embedding[...])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[7, 3], [1, 7]])
 def test_prefill_in_pieces_then_steps(lengths):
   """Rows of unequal length in one batch: each is as if it were alone."""

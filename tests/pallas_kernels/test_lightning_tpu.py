@@ -79,12 +79,14 @@ def test_float32_against_float64(name, monkeypatch):
   compare(make_inputs(BY_NAME[name]), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wide_key", "packed_and_padded"])
 @pytest.mark.usefixtures("two_chunks_per_step")
 def test_bfloat16_against_float64(name):
   compare(make_inputs(BY_NAME[name], jnp.bfloat16), jnp.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_chunks_per_step")
 @pytest.mark.parametrize("races", [False, True])
 def test_tpu_memory_model(races):
@@ -184,6 +186,7 @@ def tiny():
   return inputs, loss
 
 
+@pytest.mark.slow
 def test_transformations():
   """vmap, remat and a scan over layers give what plain calls give, gradients included."""
   inputs, loss = tiny()
@@ -206,6 +209,7 @@ def test_transformations():
   jax.tree.map(lambda s, a, b: close(s, a + b), scanned, *apart)
 
 
+@pytest.mark.slow
 def test_decay_gradient_is_free_unless_asked_for():
   """Nothing of its portable computation is left in a compiled gradient of q, k and v."""
   rng = np.random.default_rng(0)

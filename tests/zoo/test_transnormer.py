@@ -42,7 +42,9 @@ def test_logits_hidden_and_loss(lm):
   np.testing.assert_allclose(sums.loss / sums.weight, g["out/loss_f64"][0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(
+  "remat", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "dots"))]
+)
 def test_gradients_of_every_parameter(remat):
   g = golden("transnormer_lm")
   config = dataclasses.replace(TINY, remat=remat, loss_chunk=7)
@@ -131,6 +133,7 @@ def test_initial_weights_have_the_published_spread():
   np.testing.assert_array_equal(padded.embedding[...][0], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "overrides",
   [
