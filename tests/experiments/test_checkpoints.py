@@ -114,12 +114,12 @@ def parts(step):
 
 
 # A read that fails leaves other reads of tensorstore behind, which miss the reader's event loop.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])
 @pytest.mark.parametrize("part", ["record", "numbers", "manifest", "everything"])
 def test_a_damaged_newest_checkpoint(part, damage, trained, copy, experiment, caplog):
@@ -213,7 +213,6 @@ def last_step(workdir):
   return lines[-1]["step"] if lines else 0
 
 
-@pytest.mark.slow
 def test_signals(programs, experiment, tmp_path):
   """SIGTERM saves and exits with 0; SIGKILL loses what follows the last checkpoint; both go on."""
   workdir = tmp_path / "run"

@@ -181,6 +181,7 @@ def test_damaged_config(straight, tmp_path, monkeypatch):
     loop.train(short, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(straight, text, tmp_path):
   experiment, _, _ = straight
   loop.train(changed(experiment, train=dict(steps=3)), tmp_path)
