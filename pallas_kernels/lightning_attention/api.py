@@ -67,7 +67,7 @@ def lightning_attention(
     implementation,
   )  # fmt: skip
   heads, state_shape = query.shape[2], _state_shape(query, value)
-  implementation = implementation or _choose()
+  implementation = implementation or _choose(query, value, chunk_size)
   state_dtype = jnp.promote_types(query.dtype, jnp.float32)
   if log_decay is None:
     log_decay = jnp.zeros((heads,), state_dtype)
@@ -111,11 +111,17 @@ def _state_shape(query, value):
   return (query.shape[0], *query.shape[2:], value.shape[3])
 
 
-def _choose() -> str:
+def _choose(query, value, chunk_size) -> str:
+  """The kernel of the platform where it takes these arguments, else the portable path."""
   platform = compat.target_platform()
-  if platform == "tpu":
+  if platform == "tpu" and query.dtype in (jnp.float32, jnp.bfloat16):
     return "tpu"
-  return "triton" if platform == "cuda" and compat.has_jax_triton() else "xla"
+  if platform == "cuda" and compat.has_jax_triton():
+    from .triton import CHUNKS, MAX_DIM
+
+    fits = max(query.shape[3], value.shape[3]) <= MAX_DIM
+    return "triton" if fits and chunk_size in (None, *CHUNKS) else "xla"
+  return "xla"
 
 
 def _reference(query, key, value, log_decay, initial_state, segments, lengths):

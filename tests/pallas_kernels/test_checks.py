@@ -7,6 +7,7 @@ import pytest
 
 from attnzoo.pallas_kernels import checks, compat, lightning_attention
 from attnzoo.pallas_kernels.cases import Case
+from attnzoo.pallas_kernels.lightning_attention import api
 
 B, T, H, K, V = 2, 6, 3, 4, 5
 
@@ -121,3 +122,23 @@ def test_traced_decay_is_not_looked_at():
 def test_case_tags_are_known():
   with pytest.raises(ValueError, match=r"Case: tags must be among .* got \['fast'\] in x"):
     Case("x", ("ci", "fast"), {})
+
+
+@pytest.mark.parametrize(
+  ("platform", "dtype", "dim", "chunk_size", "chosen"),
+  [
+    ("cpu", jnp.float32, 4, None, "xla"),
+    ("tpu", jnp.bfloat16, 4, None, "tpu"),
+    ("tpu", jnp.float16, 4, None, "xla"),
+    ("cuda", jnp.float16, 4, 64, "triton"),
+    ("cuda", jnp.float32, 4, 128, "xla"),
+    ("cuda", jnp.float32, 513, None, "xla"),
+    ("rocm", jnp.float32, 4, None, "xla"),
+  ],
+)
+def test_choice_of_the_implementation(platform, dtype, dim, chunk_size, chosen, monkeypatch):
+  """The kernel of the platform, unless it cannot take the arguments."""
+  monkeypatch.setattr(compat, "target_platform", lambda: platform)
+  monkeypatch.setattr(compat, "has_jax_triton", lambda: True)
+  query, value = zeros(1, 2, 1, 3, dtype=dtype), zeros(1, 2, 1, dim, dtype=dtype)
+  assert api._choose(query, value, chunk_size) == chosen
