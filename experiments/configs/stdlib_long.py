@@ -23,6 +23,6 @@ def get_config():
       ),
       data=dataclasses.replace(small.data, batch_size=16),
       optimizer=dataclasses.replace(small.optimizer, learning_rate=3e-3, warmup_steps=100),
-      train=dataclasses.replace(small.train, steps=2000, eval_every=250, checkpoint_every=250),
+      train=dataclasses.replace(small.train, steps=650, eval_every=130, checkpoint_every=130),
     )
   )
