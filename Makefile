@@ -41,7 +41,7 @@ train: ## set up and train a small model for a few minutes; again: go on with it
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.train --config=stdlib_small --extend=200 $(ARGS)
 
-train-long: ## the one-hour run on the Python standard library's source text
+train-long: ## a larger model on the same text, about a quarter of an hour on 2 cores
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.train --config=stdlib_long --extend=500 $(ARGS)
 

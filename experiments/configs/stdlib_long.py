@@ -1,9 +1,9 @@
-"""The one-hour CPU run: a larger TransNormerLLM on the Python standard library's source text.
+"""A larger TransNormerLLM on the Python standard library's source text.
 
 Command   make train-long        (python -m attnzoo.experiments.train --config=stdlib_long)
 Paper     Various Lengths, Constant Speed (2024), at toy size; no published figure to compare with
-Expected  see README.md, "The one-hour run"
-Hardware  2 CPU cores, about an hour
+Expected  @LONG@ bits per byte of the held-out text (Python 3.12.1)
+Hardware  2 CPU cores, about a quarter of an hour; --config.train.steps=3400 for about an hour
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Command   make train        (python -m attnzoo.experiments.train --config=stdlib_small)
 Paper     Various Lengths, Constant Speed (2024), at toy size; no published figure to compare with
-Expected  see README.md, "The main job"
+Expected  1.990 bits per byte of the held-out text (Python 3.12.1)
 Hardware  2 CPU cores, under 5 minutes
 """
 
