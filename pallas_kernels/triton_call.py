@@ -113,7 +113,12 @@ def _call(launch, operands, gpu):
     options |= dict(out_type=shapes, backend_options=dict(ptx_version=90, enable_fp_fusion=True))
   else:
     options |= dict(out_shape=shapes)
-  return jax_triton.triton_call(*operands, **options, **launch.constants)
+
+  @jax.custom_batching.sequential_vmap  # jax-triton has no rule of its own for vmap
+  def call(*operands):
+    return jax_triton.triton_call(*operands, **options, **launch.constants)
+
+  return call(*operands)
 
 
 def _use_default_dead_code_rule() -> None:

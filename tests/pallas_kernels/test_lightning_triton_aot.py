@@ -112,3 +112,12 @@ def test_the_kernel_is_the_default_on_a_gpu():
   gradient = jax.grad(default, argnums=(0, 1, 2, 3))
   calls, _, loops = operations(compile_for_h100(gradient, *tokens, state, *ids), 500)
   assert (calls, loops) == (2, 0)
+
+
+@needs_plugin
+def test_vmap_runs_the_launches_one_after_the_other():
+  """Per-example gradients compile: a loop around each launch, none of the portable path."""
+  tokens = (jax.ShapeDtypeStruct((3, 1, 256, 2, 64), jnp.bfloat16),) * 3
+  gradients = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)))
+  calls, _, loops = operations(compile_for_h100(gradients, *tokens), 256)
+  assert calls == loops > 0
