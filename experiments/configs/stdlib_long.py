@@ -2,7 +2,7 @@
 
 Command   make train-long        (python -m attnzoo.experiments.train --config=stdlib_long)
 Paper     Various Lengths, Constant Speed (2024), at toy size; no published figure to compare with
-Expected  @LONG@ bits per byte of the held-out text (Python 3.12.1)
+Expected  1.652 bits per byte of the held-out text (Python 3.12.1)
 Hardware  2 CPU cores, about a quarter of an hour; --config.train.steps=3400 for about an hour
 """
 
