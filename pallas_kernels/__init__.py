@@ -5,5 +5,12 @@ from .lightning_attention import (
   lightning_attention_step,
   sharded_lightning_attention,
 )
+from .taylor_attention import taylor_attention, taylor_attention_step
 
-__all__ = ["lightning_attention", "lightning_attention_step", "sharded_lightning_attention"]
+__all__ = [
+  "lightning_attention",
+  "lightning_attention_step",
+  "sharded_lightning_attention",
+  "taylor_attention",
+  "taylor_attention_step",
+]

@@ -1,7 +1,8 @@
 """The form of an operator's named cases, shared by tests, benchmarks, numerics and AOT compiles.
 
 Each operator folder has a `cases.py` with `CASES` (a tuple of `Case`), `make_inputs(case, dtype)`
-(the arguments as numpy arrays), `flops(case)` and `minimum_bytes(case, dtype)`.
+(the arguments as numpy arrays), `static_options(case)` (those that are not arrays), `flops(case)`
+and `minimum_bytes(case, dtype)`.
 """
 
 import dataclasses

@@ -137,27 +137,14 @@ def _reference(query, key, value, log_decay, initial_state, segments, lengths):
 
 
 def _tpu(args, chunk_size, interpret):
+  compat.require_tpu(NAME, interpret)
   from .tpu_vjp import lightning_attention_tpu  # Pallas' TPU half is loaded only where it is used.
 
-  if not interpret and compat.target_platform() != "tpu":
-    raise NotImplementedError(
-      f'{NAME}: implementation="tpu" compiles only for a TPU and the target is '
-      f'{compat.target_platform()} (use "xla", or interpret=True to test the kernel)'
-    )
   return lightning_attention_tpu(*args, chunk_size, interpret)
 
 
 def _triton(args, chunk_size):
-  if not compat.has_jax_triton():
-    raise NotImplementedError(
-      f'{NAME}: implementation="triton" needs the packages jax-triton and triton, which are not '
-      'installed (pip install "attnzoo[cuda]", or use "xla")'
-    )
-  if compat.target_platform() != "cuda":
-    raise NotImplementedError(
-      f'{NAME}: implementation="triton" compiles only for an NVIDIA GPU and the target is '
-      f'{compat.target_platform()} (use "xla")'
-    )
+  compat.require_triton(NAME)
   from .triton_vjp import lightning_attention_triton
 
   return lightning_attention_triton(*args, chunk_size)

@@ -84,6 +84,11 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
   return inputs
 
 
+def static_options(case: Case) -> dict:
+  """Keyword arguments of `lightning_attention` for a case that are not arrays: there are none."""
+  return {}
+
+
 def flops(case: Case, chunk_size: int, backward: bool = False) -> int:
   """Operations with chunks of `chunk_size`; with `backward`, forward and backward together."""
   size = case.sizes

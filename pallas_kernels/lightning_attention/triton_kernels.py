@@ -23,34 +23,7 @@ constants (jax knows them), so strides need no arguments and aligned shapes need
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_tile(
-  pointer,
-  rows,
-  columns,
-  row_end,
-  H: tl.constexpr,
-  DIM: tl.constexpr,
-  ROWS_FULL: tl.constexpr,
-  COLUMNS_FULL: tl.constexpr,
-):
-  """[rows, columns] of one head of a [T, H, DIM] array; what lies outside reads as 0."""
-  tile = pointer + rows[:, None] * (H * DIM) + columns[None, :]
-  if ROWS_FULL and COLUMNS_FULL:
-    return tl.load(tile)
-  if ROWS_FULL:
-    return tl.load(tile, mask=columns[None, :] < DIM, other=0.0)
-  if COLUMNS_FULL:
-    return tl.load(tile, mask=rows[:, None] < row_end, other=0.0)
-  return tl.load(tile, mask=(rows[:, None] < row_end) & (columns[None, :] < DIM), other=0.0)
-
-
-@triton.jit
-def _segment_before(segments, position, length):
-  """Document of the last real token before `position`; 0, the initial state's, at the start."""
-  last = tl.minimum(position, length) - 1
-  return tl.load(segments + tl.maximum(last, 0), mask=last >= 0, other=0)
+from ..triton_tiles import load_tile, segment_before
 
 
 @triton.jit
@@ -59,8 +32,8 @@ def _carry(segments, rate, start, length, COUNT: tl.constexpr, SEGMENTS: tl.cons
   count = tl.minimum(tl.maximum(length - start, 0), COUNT)
   carry = tl.exp(rate * count)
   if SEGMENTS:
-    before = _segment_before(segments, start, length)
-    after = _segment_before(segments, start + COUNT, length)
+    before = segment_before(segments, start, length)
+    after = segment_before(segments, start + COUNT, length)
     carry = tl.where(before == after, carry, 0.0)
   return carry
 
@@ -148,8 +121,8 @@ def _sweep(
     weights = causal
     if SEGMENTS:
       here = tl.load(segments + start + rows, mask=start + rows < T, other=0)
-      before = _segment_before(segments, start, length)
-      after = _segment_before(segments, start + CHUNK, length)
+      before = segment_before(segments, start, length)
+      after = segment_before(segments, start + CHUNK, length)
       up = tl.where(here == before, up, 0.0)
       down = tl.where(here == after, down, 0.0)
       carry = tl.where(before == after, carry, 0.0)
@@ -160,10 +133,10 @@ def _sweep(
     offset = start.to(tl.int64) * H
     of_key = key_base + offset * DIM
     of_value = value_base + offset * WIDTH
-    k = _load_tile(key + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)  # [C, DIM]
-    v = _load_tile(value + of_value, rows, columns, count, H, WIDTH, ALIGNED, WIDTH_FULL)
+    k = load_tile(key + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)  # [C, DIM]
+    v = load_tile(value + of_value, rows, columns, count, H, WIDTH, ALIGNED, WIDTH_FULL)
     if OUTPUT:
-      q = _load_tile(query + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)
+      q = load_tile(query + of_key, rows, dims, count, H, DIM, ALIGNED, DIMS_FULL)
       scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * weights  # [C keys, C queries]
       out = tl.dot(state.to(q.dtype), tl.trans(q), input_precision=PRECISION) * leave[None, :]
       out = tl.dot(tl.trans(v), scores.to(v.dtype), out, input_precision=PRECISION)

@@ -5,8 +5,7 @@ the [K, V] state from chunk to chunk, so time and memory are linear in T. Each s
 out of the arrays as they are given and brings the heads forward there, in cache: transposing whole
 arrays first took 20 to 50 % longer on a CPU.
 
-Symbols of the comments: C rows per chunk, n of them real, i a row; `up` and `down` are decay^(i+1)
-and decay^(n-1-i).
+The symbols of the comments are those of `chunks.py`.
 """
 
 import functools
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..chunks import chunk_weights, cut_chunk, join_chunks
 from ..dots import einsum_f32
 from ..segments import pad_length
 
@@ -33,17 +33,6 @@ class Residuals(NamedTuple):
   segments: Int[Array, "B T"] | None
   lengths: Int[Array, " B"] | None
   states: Float[Array, "N B H K V"]
-
-
-class Weights(NamedTuple):
-  """Decay factors of one chunk (P is B, or 1 where all rows are alike)."""
-
-  mask: Float[Array, "P H C C"]  # decay^(i-j) for i >= j in the same document, else 0
-  up: Float[Array, "P H C 1"]  # from the state before the chunk to row i
-  down: Float[Array, "P H C 1"]  # from row i to the state after the chunk
-  carry: Float[Array, "P H 1 1"]  # from the state before to the state after
-  real: Float[Array, "P 1 C 1"]  # 1 for tokens, 0 for padding
-  count: Int[Array, "P 1 1 1"]  # n
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -65,10 +54,10 @@ def lightning_attention_xla(
 def _forward(query, key, value, log_decay, initial_state, segments, lengths, chunk_size):
   length = query.shape[1]
   chunk = min(chunk_size, length)
-  weights = _weights_function(log_decay, chunk, segments, lengths, length)
+  weights = chunk_weights(log_decay, chunk, segments, lengths, length)
 
   def step(state, index):
-    q, k, v = (_cut(x, index, chunk) for x in padded)  # [B, H, C, D]
+    q, k, v = (cut_chunk(x, index, chunk) for x in padded)  # [B, H, C, D]
     w = weights(index)
     scores = (einsum_f32("bhck,bhdk->bhcd", q, k) * w.mask).astype(v.dtype)  # [B, H, C, C]
     output = einsum_f32("bhcd,bhdv->bhcv", scores, v)
@@ -81,7 +70,7 @@ def _forward(query, key, value, log_decay, initial_state, segments, lengths, chu
   indices = jnp.arange(padded[0].shape[1] // chunk)
   final_state, (output, states) = jax.lax.scan(step, initial_state, indices)
   residuals = Residuals(query, key, value, log_decay, segments, lengths, states)
-  return (_join(output, length), final_state), residuals
+  return (join_chunks(output, length), final_state), residuals
 
 
 def _backward(chunk_size, residuals, cotangents):
@@ -89,14 +78,14 @@ def _backward(chunk_size, residuals, cotangents):
   d_output, d_final_state = cotangents
   length = query.shape[1]
   chunk = min(chunk_size, length)
-  weights = _weights_function(log_decay, chunk, segments, lengths, length)
+  weights = chunk_weights(log_decay, chunk, segments, lengths, length)
   row = jnp.arange(chunk)
   distance = row[:, None] - row  # [C, C]
 
   def step(carry, inputs):
     d_state, d_decay = carry  # cotangent of the state after the chunk
     index, state = inputs
-    q, k, v, do = (_cut(x, index, chunk) for x in padded)
+    q, k, v, do = (cut_chunk(x, index, chunk) for x in padded)
     w = weights(index)
     do = (w.real * do).astype(do.dtype)
     masked_scores = einsum_f32("bhck,bhdk->bhcd", q, k) * w.mask
@@ -121,63 +110,7 @@ def _backward(chunk_size, residuals, cotangents):
   start = (d_final_state, jnp.zeros_like(log_decay))
   inputs = (jnp.arange(states.shape[0]), states)
   (d_state, d_decay), grads = jax.lax.scan(step, start, inputs, reverse=True)
-  return (*(_join(x, length) for x in grads), d_decay, d_state, None, None)
+  return (*(join_chunks(x, length) for x in grads), d_decay, d_state, None, None)
 
 
 lightning_attention_xla.defvjp(_forward, _backward)
-
-
-def _weights_function(log_decay, chunk, segments, lengths, length):
-  """Returns the function from a chunk's index to its `Weights`.
-
-  What does not depend on the chunk is computed here, once, outside the scan.
-  """
-  rate = log_decay[:, None, None]  # [H, 1, 1]
-  row = jnp.arange(chunk)[:, None]
-  distance = row - row.T
-  causal = jnp.where(distance >= 0, jnp.exp(rate * jnp.maximum(distance, 0)), 0)[None]
-  up = jnp.exp(rate * (row + 1))[None]  # [1, H, C, 1]
-  if lengths is None:
-    lengths = jnp.full((1,), length)
-  if segments is not None:
-    segments = pad_length(segments, chunk)
-
-  def weights(index):
-    count = jnp.clip(lengths - index * chunk, 0, chunk)[:, None, None, None]  # [P, 1, 1, 1]
-    real = (row < count).astype(log_decay.dtype)  # [P, 1, C, 1]
-    down = real * jnp.exp(rate * jnp.maximum(count - 1 - row, 0))
-    carry = jnp.exp(rate * count)
-    if segments is None:
-      return Weights(causal, up, down, carry, real, count)
-    here = jax.lax.dynamic_slice_in_dim(segments, index * chunk, chunk, axis=1)  # [B, C]
-    before = _segment_at(segments, jnp.minimum(index * chunk, lengths) - 1)  # [B, 1]
-    after = _segment_at(segments, jnp.minimum((index + 1) * chunk, lengths) - 1)
-    same = (here[:, :, None] == here[:, None, :])[:, None]  # [B, 1, C, C]
-    return Weights(
-      mask=causal * same,
-      up=up * (here == before)[:, None, :, None],
-      down=down * (here == after)[:, None, :, None],
-      carry=carry * (before == after)[:, :, None, None],
-      real=real,
-      count=count,
-    )
-
-  return weights
-
-
-def _segment_at(segments, position):
-  """Document of the token at `position` [B or 1]; before the first, 0, the initial state's."""
-  position = jnp.broadcast_to(position, segments.shape[:1])
-  found = jnp.take_along_axis(segments, jnp.maximum(position, 0)[:, None], axis=1)
-  return jnp.where(position[:, None] < 0, 0, found)
-
-
-def _cut(x, index, chunk):
-  """Rows of one chunk, heads first: [B, N C, H, D] -> [B, H, C, D]."""
-  return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1).swapaxes(1, 2)
-
-
-def _join(x, length):
-  """[N, B, C, H, D] -> [B, T, H, D]."""
-  count, batch, chunk, heads, dim = x.shape
-  return x.swapaxes(0, 1).reshape(batch, count * chunk, heads, dim)[:, :length]

@@ -288,8 +288,8 @@ def test_extreme_inputs_stay_finite(scale):
 
 
 def patched_weights(change):
-  """`_weights_function` with `change(weights, log_decay, chunk)` applied to what it gives."""
-  original = xla._weights_function
+  """`chunk_weights` with `change(weights, log_decay, chunk)` applied to what it gives."""
+  original = xla.chunk_weights
 
   def factory(log_decay, chunk, *rest):
     weights = original(log_decay, chunk, *rest)
@@ -299,22 +299,22 @@ def patched_weights(change):
 
 
 def wrong_decay_sign(patch):
-  original = xla._weights_function
-  patch.setattr(xla, "_weights_function", lambda rate, *rest: original(-rate, *rest))
+  original = xla.chunk_weights
+  patch.setattr(xla, "chunk_weights", lambda rate, *rest: original(-rate, *rest))
 
 
 def off_by_one_mask(patch):
   def change(w, rate, chunk):
     return w._replace(mask=w.mask * jnp.tri(chunk, k=-1))
 
-  patch.setattr(xla, "_weights_function", patched_weights(change))
+  patch.setattr(xla, "chunk_weights", patched_weights(change))
 
 
 def decayed_diagonal(patch):
   def change(w, rate, chunk):
     return w._replace(mask=w.mask * jnp.exp(rate * jnp.eye(chunk)))
 
-  patch.setattr(xla, "_weights_function", patched_weights(change))
+  patch.setattr(xla, "chunk_weights", patched_weights(change))
 
 
 def state_not_reset(patch):
@@ -322,7 +322,7 @@ def state_not_reset(patch):
     up = jnp.broadcast_to(jnp.exp(rate * (jnp.arange(chunk)[:, None] + 1)), w.up.shape)
     return w._replace(up=up, carry=jnp.exp(rate * w.count))
 
-  patch.setattr(xla, "_weights_function", patched_weights(change))
+  patch.setattr(xla, "chunk_weights", patched_weights(change))
 
 
 def documents_ignored(patch):
@@ -333,7 +333,7 @@ def last_partial_chunk_dropped(patch):
   def change(w, rate, chunk):
     return w._replace(real=w.real * (w.count == chunk))
 
-  patch.setattr(xla, "_weights_function", patched_weights(change))
+  patch.setattr(xla, "chunk_weights", patched_weights(change))
 
 
 def full_chunk_in_the_tail(patch):
@@ -343,7 +343,7 @@ def full_chunk_in_the_tail(patch):
       down=w.down * jnp.exp(rate * short), carry=jnp.exp(rate * chunk) * (w.carry > 0)
     )
 
-  patch.setattr(xla, "_weights_function", patched_weights(change))
+  patch.setattr(xla, "chunk_weights", patched_weights(change))
 
 
 def patched_backward(patch, change):

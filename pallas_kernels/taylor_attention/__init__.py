@@ -1,0 +1,6 @@
+"""Taylor attention: causal linear attention with second-order Taylor features."""
+
+from .api import taylor_attention
+from .step import taylor_attention_step
+
+__all__ = ["taylor_attention", "taylor_attention_step"]
