@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnzoo.pallas_kernels import lightning_attention, sharded_lightning_attention
-from attnzoo.pallas_kernels.lightning_attention import cases, sharding
+from attnzoo.pallas_kernels import lightning_attention, sharded_lightning_attention, state_passing
+from attnzoo.pallas_kernels.lightning_attention import cases
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.numerics import assert_as_exact
 
@@ -83,7 +83,7 @@ def test_sharded_is_unsharded(mesh_name, options):
 
 @pytest.mark.parametrize("options", ["plain", "packed_and_padded"])
 def test_doubling_is_unsharded(options, monkeypatch):
-  monkeypatch.setattr(sharding, "GATHER_LIMIT", 1)
+  monkeypatch.setattr(state_passing, "GATHER_LIMIT", 1)
   mesh, axes = make_mesh("sequence")
   sharded = functools.partial(
     sharded_lightning_attention, mesh=mesh, implementation="xla", chunk_size=4, **axes
