@@ -24,7 +24,7 @@ def pad_length(array: jax.Array, multiple: int, axis: int = 1, value: int = 0) -
   """Pads `axis` at its end up to a multiple."""
   short = -array.shape[axis] % multiple
   if not short:
-    return array
+    return jnp.asarray(array)
   widths = [(0, 0)] * array.ndim
   widths[axis] = (0, short)
   return jnp.pad(array, widths, constant_values=value)

@@ -68,7 +68,7 @@ def run_sequence_shard(
   segments = inputs.get("segment_ids")
   segments = jnp.zeros((batch, length), jnp.int32) if segments is None else segments
 
-  shard, documents = _locate(segments, lengths, axis, length)
+  shard, documents = locate(segments, lengths, axis, length)
   row = jnp.arange(length)
   real = (shard.stop - shard.start)[:, None]  # [B, 1]
   kept = (row < real) & (documents == shard.after[:, None])  # only the last document's tokens
@@ -82,7 +82,7 @@ def run_sequence_shard(
   return output, final
 
 
-def _locate(segments, lengths, axis, length):
+def locate(segments, lengths, axis, length):
   """(the device's `Shard`, its tokens' documents numbered over the whole row, int32 [B, T / W]).
 
   Only the ids at the shards' edges and the number of documents of each are exchanged.
