@@ -32,6 +32,7 @@ from attnzoo.pallas_kernels.cases import tagged
 
 PASSES = ("forward", "forward_backward", "step")
 DTYPES = ("float32", "bfloat16")
+TOKENS = ("query", "key", "value")  # what forward_backward differentiates by
 FLAGS = flags.FLAGS
 
 
@@ -144,11 +145,12 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
   """Times all candidates of one case and pass; adds what did not run, and why, to `skipped`."""
   log(f"{case.name} {pass_name} ...")
   inputs = session.operator.cases.make_inputs(case, session.dtype)
-  candidates = dict(own_candidates(session, inputs, pass_name))
+  static = session.operator.cases.static_options(case)
+  candidates = dict(own_candidates(session, inputs, static, pass_name))
   for run in candidates.values():
     run()  # compiles
   if session.with_peers:
-    cotangent = random_cotangents(session.operator, inputs)
+    cotangent = random_cotangents(session.operator, inputs, static)
     for peer in session.operator.peers:
       reason = peer_obstacle(session, peer, case, pass_name)
       if reason is None:
@@ -168,32 +170,31 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
   return rows
 
 
-def own_candidates(session, inputs, pass_name):
+def own_candidates(session, inputs, static, pass_name):
   operator = session.operator
   if pass_name == "step":
     arguments = jax.device_put(operator.step_inputs(inputs))
-    step = jax.jit(operator.step)
+    step = jax.jit(functools.partial(operator.step, **static))
     yield "step", lambda: jax.block_until_ready(step(*arguments))
     return
-  cotangent = jax.device_put(random_cotangents(operator, inputs))
+  cotangent = jax.device_put(random_cotangents(operator, inputs, static))
   inputs = jax.device_put(inputs)
   for name in session.implementations:
     if pass_name == "forward":
-      run = operators.forward(operator, implementation=name)
+      run = operators.forward(operator, implementation=name, **static)
       yield name, lambda run=run: jax.block_until_ready(run(inputs))
     else:
-      run = operators.forward_backward(operator, wrt(inputs), implementation=name)
+      run = operators.forward_backward(operator, wrt(inputs), implementation=name, **static)
       yield name, lambda run=run: jax.block_until_ready(run(inputs, cotangent))
 
 
 def wrt(inputs):
-  return tuple(name for name in operators.differentiable(inputs) if inputs[name].ndim == 4
-               and name != "initial_state")  # fmt: skip
+  return tuple(name for name in operators.differentiable(inputs) if name in TOKENS)
 
 
-def random_cotangents(operator, inputs):
+def random_cotangents(operator, inputs, static):
   """A standard normal cotangent of the output; the final state, which peers drop, gets zeros."""
-  output, *others = operators.cotangents(operator, inputs)
+  output, *others = operators.cotangents(operator, inputs, **static)
   return (output, *(np.zeros_like(other) for other in others))
 
 
@@ -218,7 +219,8 @@ def measure_errors(session, case, pass_name, candidates) -> dict[str, tuple]:
   operator = session.operator
   small, words = operators.oracle_case(case)
   inputs = operator.cases.make_inputs(small, session.dtype)
-  exact = truth(session, inputs, pass_name)
+  static = operator.cases.static_options(small)
+  exact = truth(session, inputs, static, pass_name)
   peers = {peer.name: peer for peer in operator.peers}
   errors = {}
   for by in candidates:
@@ -227,38 +229,39 @@ def measure_errors(session, case, pass_name, candidates) -> dict[str, tuple]:
       continue
     if by in peers:
       arguments = operator.step_inputs(inputs) if pass_name == "step" else inputs
-      cotangent = random_cotangents(operator, inputs)
+      cotangent = random_cotangents(operator, inputs, static)
       got = to_numpy(peers[by].prepare(arguments, cotangent, pass_name, session.platform)())
     else:
-      got = own_results(session, inputs, pass_name, by)
+      got = own_results(session, inputs, static, pass_name, by)
     error, name = operators.largest_error(got, exact)
     errors[by] = error, f"{name}; {words}"
   return errors
 
 
-def own_results(session, inputs, pass_name, by) -> dict[str, np.ndarray]:
+def own_results(session, inputs, static, pass_name, by) -> dict[str, np.ndarray]:
   operator = session.operator
   if pass_name == "step":
-    results = jax.jit(operator.step)(*operator.step_inputs(inputs))
+    results = jax.jit(functools.partial(operator.step, **static))(*operator.step_inputs(inputs))
     return dict(zip(("output", "state"), jax.device_get(results), strict=True))
   if pass_name == "forward":
-    results, gradients = operators.forward(operator, implementation=by)(inputs), {}
+    results, gradients = operators.forward(operator, implementation=by, **static)(inputs), {}
   else:
-    run = operators.forward_backward(operator, wrt(inputs), implementation=by)
-    results, gradients = run(inputs, random_cotangents(operator, inputs))
+    run = operators.forward_backward(operator, wrt(inputs), implementation=by, **static)
+    results, gradients = run(inputs, random_cotangents(operator, inputs, static))
   results = jax.device_get((dict(zip(operator.results, results, strict=True)), gradients))
   return results[0] | {f"d_{name}": gradient for name, gradient in results[1].items()}
 
 
-def truth(session, inputs, pass_name) -> dict[str, np.ndarray]:
+def truth(session, inputs, static, pass_name) -> dict[str, np.ndarray]:
   """The same arrays from float64 arithmetic on the CPU."""
   wide = lambda x: x if x is None else np.asarray(x, np.float64)  # noqa: E731
   with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
     if pass_name == "step":
-      results = session.operator.step(*map(wide, session.operator.step_inputs(inputs)))
+      arguments = map(wide, session.operator.step_inputs(inputs))
+      results = session.operator.step(*arguments, **static)
       return dict(zip(("output", "state"), jax.device_get(results), strict=True))
     floats = {name: wide(inputs[name]) for name in operators.differentiable(inputs)}
-    return own_results(session, {**inputs, **floats}, pass_name, "reference")
+    return own_results(session, {**inputs, **floats}, static, pass_name, "reference")
 
 
 def row(session, case, pass_name, by, spread, error) -> dict:

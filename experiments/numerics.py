@@ -78,10 +78,11 @@ def how_to_run(implementation: str) -> tuple[dict, str | None]:
 def errors(operator, case, dtype, runnable) -> list[dict]:
   """One row per implementation: the relative error of each result and gradient."""
   inputs = operator.cases.make_inputs(case, dtype)
-  exact = operators.truth(operator, inputs)
+  static = operator.cases.static_options(case)
+  exact = operators.truth(operator, inputs, **static)
   rows = []
   for implementation, options in runnable.items():
-    got = operators.named_results(operator, inputs, **options)
+    got = operators.named_results(operator, inputs, **static, **options)
     error = {name: operators.relative_error(got[name], exact[name]) for name in exact}
     rows.append(dict(operator=operator.name, implementation=implementation, dtype=str(dtype),
                      case=case.name, interpreted=bool(options.get("interpret")),

@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnzoo.experiments.benchmarking import peers
-from attnzoo.pallas_kernels import lightning_attention, lightning_attention_step
+from attnzoo.pallas_kernels import (
+  lightning_attention,
+  lightning_attention_step,
+  taylor_attention,
+  taylor_attention_step,
+)
 from attnzoo.pallas_kernels.cases import Case
 from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
-from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK
+from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
+from attnzoo.pallas_kernels.taylor_attention import cases as taylor_cases
+from attnzoo.pallas_kernels.taylor_attention.features import feature_count
+from attnzoo.pallas_kernels.taylor_attention.xla import DEFAULT_CHUNK as TAYLOR_CHUNK
 
 # The oracle keeps a float64 state per token; beyond this length errors are taken on a shorter case.
 ORACLE_LENGTH = 1024
@@ -23,11 +31,12 @@ ORACLE_LENGTH = 1024
 class Operator:
   """What the harness needs to know of one operator.
 
-  `function(**inputs, implementation=...)` returns the arrays named in `results`; "reference" is its
-  definition, which is run in float64 for the truth. `step` takes what `step_inputs` makes of a
-  case's inputs and returns (output, state). `cases` is the module with CASES, make_inputs(case,
-  dtype), flops(case, chunk, backward) and minimum_bytes(case, dtype, backward); `step_cost(case,
-  dtype)` gives (FLOPs, bytes) of one step.
+  `function(**inputs, **options)` returns the arrays named in `results`; "reference" is the
+  implementation that defines it and is run in float64 for the truth. `step` takes what
+  `step_inputs` makes of a case's inputs, and the case's static options, and returns (output,
+  state). `cases` is the module with CASES, make_inputs(case, dtype), static_options(case),
+  flops(case, chunk, backward) and minimum_bytes(case, dtype, backward); `step_cost(case, dtype)`
+  gives (FLOPs, bytes) of one step.
   """
 
   name: str
@@ -53,6 +62,19 @@ def _lightning_step_cost(case, dtype):
   return 5 * heads * k * v, heads * (8 * k * v + np.dtype(dtype).itemsize * (2 * k + 2 * v))
 
 
+def _taylor_step_inputs(inputs):
+  query, key, value = (inputs[name][:, 0] for name in ("query", "key", "value"))
+  state = taylor_cases.random_state(np.random.default_rng(7), *value.shape, key.shape[2])
+  return query, key, value, inputs.get("log_decay"), state
+
+
+def _taylor_step_cost(case, dtype):
+  size = case.sizes
+  heads, f, v = size["batch"] * size["heads"], size["key_dim"], size["value_dim"]
+  state = feature_count(f) * (v + 1)
+  return 4 * heads * state, heads * (8 * state + np.dtype(dtype).itemsize * (2 * f + 2 * v))
+
+
 OPERATORS = {
   operator.name: operator
   for operator in (
@@ -61,7 +83,7 @@ OPERATORS = {
       function=lightning_attention,
       results=("output", "final_state"),
       cases=lightning_cases,
-      chunk_size=DEFAULT_CHUNK,
+      chunk_size=LIGHTNING_CHUNK,
       step=lightning_attention_step,
       step_inputs=_lightning_step_inputs,
       step_cost=_lightning_step_cost,
@@ -69,6 +91,23 @@ OPERATORS = {
         peers.TORCH_DECAYED_LINEAR,
         peers.TORCH_SOFTMAX,
         peers.FLA_SIMPLE_GLA,
+        peers.CUDNN_SOFTMAX,
+      ),
+    ),
+    Operator(
+      name="taylor_attention",
+      function=taylor_attention,
+      results=("output", "final_state"),
+      cases=taylor_cases,
+      chunk_size=TAYLOR_CHUNK,
+      step=taylor_attention_step,
+      step_inputs=_taylor_step_inputs,
+      step_cost=_taylor_step_cost,
+      peers=(
+        peers.TORCH_TAYLOR,
+        peers.TORCH_SOFTMAX,
+        peers.FLA_FUSED_CHUNK_BASED,
+        peers.FLA_PARALLEL_BASED,
         peers.CUDNN_SOFTMAX,
       ),
     ),
@@ -84,9 +123,10 @@ def find(name: str) -> Operator:
   return OPERATORS[name]
 
 
-def cotangents(operator: Operator, inputs: Mapping) -> tuple[np.ndarray, ...]:
+def cotangents(operator: Operator, inputs: Mapping, **options) -> tuple[np.ndarray, ...]:
   """Standard normal cotangents of the results, float32."""
-  function = lambda: operator.function(**inputs, implementation="reference")  # noqa: E731
+  options |= dict(implementation="reference")
+  function = lambda: operator.function(**inputs, **options)  # noqa: E731
   rng = np.random.default_rng(1)
   return tuple(rng.standard_normal(r.shape).astype(np.float32) for r in jax.eval_shape(function))
 
@@ -116,22 +156,24 @@ def differentiable(inputs: Mapping) -> tuple[str, ...]:
 def named_results(operator: Operator, inputs: Mapping, **options) -> dict[str, np.ndarray]:
   """Every result and, as `d_<input>`, every gradient of one implementation."""
   run = forward_backward(operator, differentiable(inputs), **options)
-  results, gradients = jax.device_get(run(dict(inputs), cotangents(operator, inputs)))
+  results, gradients = jax.device_get(run(dict(inputs), cotangents(operator, inputs, **options)))
   named = dict(zip(operator.results, results, strict=True))
   return named | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
 
-def truth(operator: Operator, inputs: Mapping) -> dict[str, np.ndarray]:
+def truth(operator: Operator, inputs: Mapping, **options) -> dict[str, np.ndarray]:
   """The same from the definition in float64, on the CPU."""
+  options |= dict(implementation="reference")
   with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
     wide = {name: inputs[name].astype(np.float64) for name in differentiable(inputs)}
-    return named_results(operator, {**inputs, **wide}, implementation="reference")
+    return named_results(operator, {**inputs, **wide}, **options)
 
 
 def oracle_case(case: Case) -> tuple[Case, str]:
   """(the case that errors are measured on, in words what was cut off it)."""
   length = min(case.sizes["length"], ORACLE_LENGTH)
-  cut = dict(case.sizes, batch=1, heads=1, length=length)
+  cut = {name: 1 if name.endswith("heads") else size for name, size in case.sizes.items()}
+  cut |= dict(batch=1, length=length)
   words = ", ".join(f"{n} {cut[n]} of {case.sizes[n]}" for n in cut if cut[n] != case.sizes[n])
   return dataclasses.replace(case, sizes=cut), words or "all of it"
 

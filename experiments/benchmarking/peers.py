@@ -127,10 +127,37 @@ def _torch_decayed_linear_step(inputs, device):
   return run
 
 
+def _torch_taylor(inputs, cotangent, pass_name, device):
+  """tril(1 + s + s^2 / 2) V over its row sums, as a PyTorch user would write it."""
+  import torch
+
+  tensors = _torch_tensors(inputs, device)
+  (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+
+  def formula(query, key, value):
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, T, D]
+    scores = (q @ k.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    weights = torch.tril(1 + scores + 0.5 * scores**2)
+    return ((weights @ v) / weights.sum(-1, keepdim=True)).transpose(1, 2)
+
+  return _torch_pass(formula, tensors, do, pass_name, device)
+
+
+def _softmax_inputs(inputs):
+  """Query and key as wide as the values: what softmax attention of the same model would have."""
+  width = inputs["value"].shape[-1]
+
+  def widened(x):
+    copies = -(-width // x.shape[-1])
+    return np.concatenate([x] * copies, -1)[..., :width]
+
+  return {name: widened(inputs[name]) for name in ("query", "key", "value")}
+
+
 def _torch_softmax(inputs, cotangent, pass_name, device):
   import torch
 
-  heads_first = {n: np.swapaxes(inputs[n], 1, 2) for n in ("query", "key", "value")}
+  heads_first = {n: np.swapaxes(x, 1, 2) for n, x in _softmax_inputs(inputs).items()}
   tensors = _torch_tensors(heads_first, device)
   do = np.swapaxes(cotangent[0].astype(inputs["value"].dtype), 1, 2)
   (do,) = _torch_tensors(dict(do=do), device).values()
@@ -157,10 +184,25 @@ def _fla_simple_gla(inputs, cotangent, pass_name, device):
   return _torch_pass(attention, tensors, do, pass_name, device)
 
 
+def _fla_based(name):
+  def prepare(inputs, cotangent, pass_name, device):
+    from fla.ops import based
+
+    tensors = _torch_tensors(inputs, device)
+    (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+
+    def attention(query, key, value):
+      return getattr(based, name)(query, key, value, scale=None, use_norm=True)
+
+    return _torch_pass(attention, tensors, do, pass_name, device)
+
+  return prepare
+
+
 def _cudnn_softmax(inputs, cotangent, pass_name, device):
   import jax
 
-  qkv = tuple(jax.device_put(inputs[name]) for name in ("query", "key", "value"))
+  qkv = tuple(jax.device_put(x) for x in _softmax_inputs(inputs).values())
   do = jax.device_put(cotangent[0].astype(inputs["value"].dtype))
 
   def attention(q, k, v):
@@ -184,6 +226,18 @@ TORCH_DECAYED_LINEAR = Peer(
 TORCH_SOFTMAX = Peer(
   "torch softmax (sdpa)", "torch", ("cpu", "cuda"), _WHOLE, same_function=False, quadratic=True,
   prepare=_torch_softmax,
+)  # fmt: skip
+TORCH_TAYLOR = Peer(
+  "torch quadratic formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=True,
+  prepare=_torch_taylor, scratch=dict(forward=4, forward_backward=7),
+)  # fmt: skip
+FLA_FUSED_CHUNK_BASED = Peer(
+  "fla fused_chunk_based", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=False,
+  prepare=_fla_based("fused_chunk_based"),
+)  # fmt: skip
+FLA_PARALLEL_BASED = Peer(
+  "fla parallel_based", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=True,
+  prepare=_fla_based("parallel_based"),
 )  # fmt: skip
 FLA_SIMPLE_GLA = Peer(
   "fla chunk_simple_gla", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=False,

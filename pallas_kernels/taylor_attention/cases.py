@@ -71,9 +71,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
     inputs["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
     inputs["lengths"][:2] = length, 0
   if option.get("state"):
-    inputs["initial_state"] = _state(
-      scale * normal(batch, heads, 8, key_dim), normal(batch, heads, 8, value_dim)
-    )
+    inputs["initial_state"] = random_state(rng, batch, heads, value_dim, key_dim, scale)
   return inputs
 
 
@@ -82,9 +80,11 @@ def static_options(case: Case) -> dict:
   return dict(normalize=case.options.get("normalize", True))
 
 
-def _state(key, value):
-  """The state after the given tokens, key [B, H, 8, F] and value [B, H, 8, V], float32."""
-  i, j = pairs(key.shape[-1])
+def random_state(rng, batch, heads, value_dim, key_dim, scale=1.0) -> np.ndarray:
+  """The state after eight random tokens, float32 [B, H, P, V + 1]."""
+  key = scale * rng.standard_normal((batch, heads, 8, key_dim))
+  value = rng.standard_normal((batch, heads, 8, value_dim))
+  i, j = pairs(key_dim)
   features = np.concatenate([np.ones_like(key[..., :1]), key, key[..., i] * key[..., j]], -1)
   values = np.concatenate([value, np.ones_like(value[..., :1])], -1)
   return np.einsum("bhtp,bhtv->bhpv", features, values).astype(np.float32)
