@@ -1,0 +1,61 @@
+"""What RAT attention remembers between calls, and where tokens stand in their document's chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class RatState(NamedTuple):
+  """Summaries of the finished chunks of the current document, and its unfinished chunk.
+
+  Slot c holds chunk c; the `position // L` first slots are filled, the others are never read and 0
+  in a state that `rat_attention` returns. T tokens need T // L slots.
+  """
+
+  key: Float[Array, "B S H K"]  # rotated by the chunk's number
+  value: Float[Array, "B S H K"]
+  running_key: Float[Array, "B H K"]  # float32, not rotated; of the chunk that is under way
+  running_value: Float[Array, "B H K"]
+  position: Int[Array, " B"]  # tokens of the current document so far
+
+
+class Places(NamedTuple):
+  """Where each token stands. Slots count a row's finished chunks: the state's come first.
+
+  A token of chunk c sees the finished chunks of its document, the slots in [first, own).
+  """
+
+  chunk: Int[Array, "B T"]  # number of its chunk in its document
+  row: Int[Array, "B T"]  # place in its chunk, 0 to L - 1
+  first: Int[Array, "B T"]  # slot of its document's first chunk
+  own: Int[Array, "B T"]  # slot that its own chunk will have
+
+
+def empty_state(batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.float32) -> RatState:
+  """The state before the first token; summaries in `dtype`, running sums at least float32."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+  summaries = jnp.zeros((batch, slots, heads, head_dim), dtype)
+  running = jnp.zeros((batch, heads, head_dim), wide)
+  return RatState(summaries, summaries, running, running, jnp.zeros((batch,), jnp.int32))
+
+
+def find_places(
+  segments: Int[Array, "B T"] | None, position: Int[Array, " B"], length: int, chunk_size: int
+) -> Places:
+  """Places of the tokens of rows whose document 0 already has `position` tokens."""
+  t = jnp.arange(length)
+  if segments is None:
+    index = position[:, None] + t  # [B, T] in the document
+    start = jnp.zeros_like(index)
+  else:
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(starts, t, 0), axis=1)  # of the document, in the row
+    index = t - start + jnp.where(segments == 0, position[:, None], 0)
+  row = index % chunk_size
+  finished = jnp.cumsum(row == chunk_size - 1, axis=1) - (row == chunk_size - 1)  # before t
+  before = (position // chunk_size)[:, None]
+  own = before + finished
+  first = own - index // chunk_size
+  return Places(index // chunk_size, row, first, own)
