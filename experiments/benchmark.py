@@ -117,12 +117,14 @@ def make_session() -> Session:
   except ValueError as error:
     raise app.UsageError(f"--{error}") from None
   platform = compat.target_platform()
-  own = {"tpu": ("tpu",), "cuda": ("triton",) if compat.has_jax_triton() else ()}
+  own = [operator.kernels[platform]] if platform in operator.kernels else []
+  if own == ["triton"] and not compat.has_jax_triton():
+    own = []
   return Session(
     operator=operator,
     platform=platform,
     dtype=jnp.dtype(FLAGS.dtype or ("float32" if platform == "cpu" else "bfloat16")),
-    implementations=tuple(FLAGS.implementations or ("xla", *own.get(platform, ()))),
+    implementations=tuple(FLAGS.implementations or ("xla", *own)),
     seconds=FLAGS.seconds,
     memory=FLAGS.memory_gb * 1e9,
     repeats=FLAGS.repeats,
@@ -154,7 +156,9 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
     for peer in session.operator.peers:
       reason = peer_obstacle(session, peer, case, pass_name)
       if reason is None:
-        arguments = session.operator.step_inputs(inputs) if pass_name == "step" else inputs
+        arguments = (
+          session.operator.step_inputs(inputs, **static) if pass_name == "step" else inputs
+        )
         run = peer.prepare(arguments, cotangent, pass_name, session.platform)
         run()  # fills caches
         candidates[peer.name] = run
@@ -173,7 +177,7 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
 def own_candidates(session, inputs, static, pass_name):
   operator = session.operator
   if pass_name == "step":
-    arguments = jax.device_put(operator.step_inputs(inputs))
+    arguments = jax.device_put(operator.step_inputs(inputs, **static))
     step = jax.jit(functools.partial(operator.step, **static))
     yield "step", lambda: jax.block_until_ready(step(*arguments))
     return
@@ -228,7 +232,7 @@ def measure_errors(session, case, pass_name, candidates) -> dict[str, tuple]:
       errors[by] = None, None
       continue
     if by in peers:
-      arguments = operator.step_inputs(inputs) if pass_name == "step" else inputs
+      arguments = operator.step_inputs(inputs, **static) if pass_name == "step" else inputs
       cotangent = random_cotangents(operator, inputs, static)
       got = to_numpy(peers[by].prepare(arguments, cotangent, pass_name, session.platform)())
     else:
@@ -241,7 +245,8 @@ def measure_errors(session, case, pass_name, candidates) -> dict[str, tuple]:
 def own_results(session, inputs, static, pass_name, by) -> dict[str, np.ndarray]:
   operator = session.operator
   if pass_name == "step":
-    results = jax.jit(functools.partial(operator.step, **static))(*operator.step_inputs(inputs))
+    step = jax.jit(functools.partial(operator.step, **static))
+    results = step(*operator.step_inputs(inputs, **static))
     return dict(zip(("output", "state"), jax.device_get(results), strict=True))
   if pass_name == "forward":
     results, gradients = operators.forward(operator, implementation=by, **static)(inputs), {}
@@ -254,11 +259,15 @@ def own_results(session, inputs, static, pass_name, by) -> dict[str, np.ndarray]
 
 def truth(session, inputs, static, pass_name) -> dict[str, np.ndarray]:
   """The same arrays from float64 arithmetic on the CPU."""
-  wide = lambda x: x if x is None else np.asarray(x, np.float64)  # noqa: E731
+
+  def wide(x):
+    whole = x is None or np.issubdtype(x.dtype, np.integer)
+    return x if whole else np.asarray(x, np.float64)
+
   with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
     if pass_name == "step":
-      arguments = map(wide, session.operator.step_inputs(inputs))
-      results = session.operator.step(*arguments, **static)
+      arguments = map(wide, session.operator.step_inputs(inputs, **static))
+      results = jax.jit(functools.partial(session.operator.step, **static))(*arguments)
       return dict(zip(("output", "state"), jax.device_get(results), strict=True))
     floats = {name: wide(inputs[name]) for name in operators.differentiable(inputs)}
     return own_results(session, {**inputs, **floats}, static, pass_name, "reference")

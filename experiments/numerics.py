@@ -22,7 +22,7 @@ from attnzoo.experiments.benchmarking import report
 from attnzoo.pallas_kernels import compat
 from attnzoo.pallas_kernels.cases import tagged
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "triton", "cudnn")
 FLAGS = flags.FLAGS
 
 
@@ -43,7 +43,8 @@ def main(argv):
     operator = operators.find(name)
     cases = [c for c in tagged(operator.cases.CASES, "ci") if FLAGS.case in c.name]
     runnable = {}
-    for implementation in FLAGS.implementations:
+    has = ("reference", "xla", *operator.kernels.values())
+    for implementation in filter(has.__contains__, FLAGS.implementations):
       options, reason = how_to_run(implementation)
       if reason is None:
         runnable[implementation] = options
@@ -70,6 +71,8 @@ def how_to_run(implementation: str) -> tuple[dict, str | None]:
     return dict(implementation="tpu", interpret=True), None
   if implementation == "triton" and platform != "cuda":
     return {}, "compiles only for an NVIDIA GPU; its tests run it in Triton's interpreter"
+  if implementation == "cudnn" and platform != "cuda":
+    return {}, "runs only on an NVIDIA GPU"
   if implementation == "triton" and not compat.has_jax_triton():
     return {}, "jax-triton or triton is not installed"
   return dict(implementation=implementation), None

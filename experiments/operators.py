@@ -13,12 +13,16 @@ from attnzoo.experiments.benchmarking import peers
 from attnzoo.pallas_kernels import (
   lightning_attention,
   lightning_attention_step,
+  sliding_window_attention_step,
   taylor_attention,
   taylor_attention_step,
 )
 from attnzoo.pallas_kernels.cases import Case
 from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
 from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
+from attnzoo.pallas_kernels.sliding_window_attention import WindowState
+from attnzoo.pallas_kernels.sliding_window_attention import cases as window_cases
+from attnzoo.pallas_kernels.sliding_window_attention.xla import default_chunk as window_chunk
 from attnzoo.pallas_kernels.taylor_attention import cases as taylor_cases
 from attnzoo.pallas_kernels.taylor_attention.features import feature_count
 from attnzoo.pallas_kernels.taylor_attention.xla import DEFAULT_CHUNK as TAYLOR_CHUNK
@@ -33,7 +37,7 @@ class Operator:
 
   `function(**inputs, **options)` returns the arrays named in `results`; "reference" is the
   implementation that defines it and is run in float64 for the truth. `step` takes what
-  `step_inputs` makes of a case's inputs, and the case's static options, and returns (output,
+  `step_inputs(inputs, **static options)` returns, and the static options, and returns (output,
   state). `cases` is the module with CASES, make_inputs(case, dtype), static_options(case),
   flops(case, chunk, backward) and minimum_bytes(case, dtype, backward); `step_cost(case, dtype)`
   gives (FLOPs, bytes) of one step.
@@ -45,9 +49,10 @@ class Operator:
   cases: types.ModuleType
   chunk_size: int
   step: Callable
-  step_inputs: Callable[[Mapping], tuple]
+  step_inputs: Callable[..., tuple]
   step_cost: Callable[[Case, np.dtype], tuple[int, int]]
   peers: tuple[peers.Peer, ...]
+  kernels: Mapping[str, str] = types.MappingProxyType({"tpu": "tpu", "cuda": "triton"})
 
 
 def _lightning_step_inputs(inputs):
@@ -62,7 +67,8 @@ def _lightning_step_cost(case, dtype):
   return 5 * heads * k * v, heads * (8 * k * v + np.dtype(dtype).itemsize * (2 * k + 2 * v))
 
 
-def _taylor_step_inputs(inputs):
+def _taylor_step_inputs(inputs, normalize):
+  del normalize
   query, key, value = (inputs[name][:, 0] for name in ("query", "key", "value"))
   state = taylor_cases.random_state(np.random.default_rng(7), *value.shape, key.shape[2])
   return query, key, value, inputs.get("log_decay"), state
@@ -73,6 +79,29 @@ def _taylor_step_cost(case, dtype):
   heads, f, v = size["batch"] * size["heads"], size["key_dim"], size["value_dim"]
   state = feature_count(f) * (v + 1)
   return 4 * heads * state, heads * (8 * state + np.dtype(dtype).itemsize * (2 * f + 2 * v))
+
+
+def _window_step(query, key, value, stored_key, stored_value, count, *, left):
+  state = WindowState(stored_key, stored_value, count)
+  output, state = sliding_window_attention_step(query, key, value, state, left=left)
+  return output, state.key
+
+
+def _window_step_inputs(inputs, left):
+  """The first token of each row, and a full ring."""
+  tokens = [inputs[name][:, 0] for name in ("query", "key", "value")]
+  rng, rings = np.random.default_rng(7), []
+  for x in tokens[1:]:
+    shape = (x.shape[0], left, *x.shape[1:])
+    rings.append(rng.standard_normal(shape).astype(x.dtype))
+  return *tokens, *rings, np.full(len(tokens[0]), 10 * left, np.int32)
+
+
+def _window_step_cost(case, dtype):
+  size = case.sizes
+  rows, seen, dims = size["batch"], size["left"] + 1, size["key_dim"] + size["value_dim"]
+  width = np.dtype(dtype).itemsize
+  return 2 * rows * size["heads"] * seen * dims, rows * size["kv_heads"] * seen * dims * width
 
 
 OPERATORS = {
@@ -110,6 +139,18 @@ OPERATORS = {
         peers.FLA_PARALLEL_BASED,
         peers.CUDNN_SOFTMAX,
       ),
+    ),
+    Operator(
+      name="sliding_window_attention",
+      function=window_cases.operator,
+      results=("output", "stored_key", "stored_value"),
+      cases=window_cases,
+      chunk_size=window_chunk(64),
+      step=_window_step,
+      step_inputs=_window_step_inputs,
+      step_cost=_window_step_cost,
+      peers=(peers.TORCH_SOFTMAX, peers.CUDNN_SOFTMAX),
+      kernels=types.MappingProxyType({"tpu": "tpu", "cuda": "cudnn"}),
     ),
   )
 }
