@@ -25,7 +25,7 @@ from attnzoo.experiments.data import DataConfig, Tokenizer, describe_tokenizer, 
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import checkpoints, config, state
 from attnzoo.layers import DecoderLM
-from attnzoo.zoo import models, transnormer_weights
+from attnzoo.zoo import models, published
 
 _SOURCE = flags.DEFINE_string("source", "", "Checkpoint: a folder, a .bin or a .safetensors file.")
 _MODEL = flags.DEFINE_string("model", "", "Preset of the zoo; empty = config.json says it.")
@@ -53,7 +53,7 @@ def main(_) -> None:
       f"--tokenizer must have at most the model's {model_config.vocab_size} ids; got"
       f" {tokenizer.vocab_size} in {_TOKENIZER.value} (is it the model's?)"
     )
-  model = transnormer_weights.import_weights(_SOURCE.value, model_config)
+  model = published.import_weights(_SOURCE.value, model_config)
   _save(model, model_config, tokenizer)
   count = models.parameter_count(model_config)
   print(f"{models.family_of(model_config)}, {count:,} parameters, now in {_WORKDIR.value}")
@@ -62,10 +62,7 @@ def main(_) -> None:
 
 
 def _model_config():
-  if not _MODEL.value:
-    found = transnormer_weights.config_beside(_SOURCE.value)
-  else:
-    found = transnormer_weights.preset(_MODEL.value)
+  found = published.find_config(_SOURCE.value, _MODEL.value)
   return dataclasses.replace(found, param_dtype=_PARAM_DTYPE.value)
 
 

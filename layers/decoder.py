@@ -31,6 +31,9 @@ class DecoderLM(nnx.Module):
 
   Runs of neighbouring blocks of the same structure are stacked into one block whose variables have
   a leading layer axis, and run as one `jax.lax.scan`: compile time does not grow with depth.
+
+  Activations have `dtype`; the residual stream that the layers add to may be kept in a wider
+  `residual_dtype`, which costs memory and lets no small addition be lost.
   """
 
   def __init__(
@@ -48,6 +51,7 @@ class DecoderLM(nnx.Module):
     loss_chunk: int = 256,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    residual_dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
   ):
     if remat not in REMAT_POLICIES:
@@ -58,6 +62,7 @@ class DecoderLM(nnx.Module):
     self.vocab_size, self.features = vocab_size, features
     self.embedding_scale, self.pad_id = embedding_scale, pad_id
     self.remat, self.loss_chunk, self.dtype = remat, loss_chunk, dtype
+    self.residual_dtype = dtype if residual_dtype is None else residual_dtype
     init = nnx.initializers.normal(init_stddev)
     table = init(rngs.params(), (vocab_size, features), param_dtype)
     if pad_id is not None:
@@ -105,7 +110,7 @@ class DecoderLM(nnx.Module):
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
       x, group_state = jax.lax.scan(layer, x, (variables, group_state))
       new_states.append(group_state)
-    return self.final_norm(x), DecoderState(tuple(new_states))
+    return self._final(x), DecoderState(tuple(new_states))
 
   def __call__(
     self, tokens: Int[Array, "B T"], **options
@@ -117,12 +122,19 @@ class DecoderLM(nnx.Module):
   def loss(
     self,
     tokens: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"] | None = None,
+    targets: Int[Array, "B N"],
+    weights: Float[Array, "B N"] | None = None,
+    *,
+    places: Int[Array, "B N"] | None = None,
     **options,
   ) -> LossSums:
-    """Summed cross-entropy (nats) of `targets`; the logits of the batch are never held at once."""
+    """Summed cross-entropy (nats) of `targets`; the logits of the batch are never held at once.
+
+    Targets belong to the positions `places` of each row, or to all of them: then N = T.
+    """
     x, _ = self.hidden(tokens, **options)
+    if places is not None:
+      x = jnp.take_along_axis(x, places[..., None], axis=1)  # [B, T, D] -> [B, N, D]
     return chunked_cross_entropy(x, self._head(), targets, weights, chunk_size=self.loss_chunk)
 
   def step(
@@ -140,14 +152,17 @@ class DecoderLM(nnx.Module):
 
       x, group_state = jax.lax.scan(layer, x, (variables, group_state))
       new_states.append(group_state)
-    return self.logits(self.final_norm(x)), DecoderState(tuple(new_states))
+    return self.logits(self._final(x)), DecoderState(tuple(new_states))
 
   def _embed(self, tokens):
-    x = self.embedding[...][tokens].astype(self.dtype)  # [B, T, D] or [B, D]
+    x = self.embedding[...][tokens].astype(self.residual_dtype)  # [B, T, D] or [B, D]
     if self.pad_id is not None:  # the row of the padding token learns through the head alone
       x = jnp.where((tokens == self.pad_id)[..., None], jax.lax.stop_gradient(x), x)
-    x = x * jnp.asarray(self.embedding_scale, self.dtype)
+    x = x * jnp.asarray(self.embedding_scale, x.dtype)
     return constrain(x, "batch", "length", None) if x.ndim == 3 else x
+
+  def _final(self, x):
+    return self.final_norm(x).astype(self.dtype)
 
   @staticmethod
   def _table(values: jax.Array) -> nnx.Param:

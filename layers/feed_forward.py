@@ -13,7 +13,8 @@ from .projections import dense
 class GatedLinearUnit(nnx.Module):
   """y = (f(x W_gate) * (x W_up)) W_down.
 
-  With f = identity this is the SGLU of TransNormerLLM, with silu SwiGLU.
+  With f = identity this is the SGLU of TransNormerLLM, with silu SwiGLU, with gelu GEGLU.
+  `down_init` draws W_down, if it differs from `init`.
   """
 
   def __init__(
@@ -24,18 +25,26 @@ class GatedLinearUnit(nnx.Module):
     activation: str = "identity",
     use_bias: bool = False,
     init: nnx.Initializer,
+    down_init: nnx.Initializer | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.activation = activation
-    kwargs = dict(use_bias=use_bias, init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.gate = dense(features, hidden, ("embed", "mlp"), **kwargs)
-    self.up = dense(features, hidden, ("embed", "mlp"), **kwargs)
-    self.down = dense(hidden, features, ("mlp", "embed"), **kwargs)
+    kwargs = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.gate = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
+    self.up = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
+    self.down = dense(hidden, features, ("mlp", "embed"), init=down_init or init, **kwargs)
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     hidden = activation(self.activation)(self.gate(x)) * self.up(x)
     if hidden.ndim == 3:
       hidden = constrain(hidden, "batch", "length", "mlp")
     return self.down(hidden)
+
+
+class Identity(nnx.Module):
+  """Stands for a channel mixer where there is none; the block adds its normalised input still."""
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return x

@@ -17,7 +17,7 @@ from ..pallas_kernels import (
 from .activations import activation
 from .norms import make_norm
 from .partitioning import active_axes, constrain, logical
-from .positions import LRPE
+from .positions import LRPE, position_after, positions_from
 from .projections import HeadsIn, HeadsOut, dense
 from .variables import Constant
 
@@ -132,16 +132,13 @@ class LightningMixer(nnx.Module):
     batch, length, _ = x.shape
     fresh = state is None
     state = self.init_state(batch) if fresh else state
-    if positions is None:  # [1, T] at the start of all rows: the phases of LRPE are computed once
-      positions = jnp.arange(length)[None] + (0 if fresh else state.position[:, None])
+    if positions is None:
+      positions = positions_from(length, None if fresh else state.position)
     query, key, value, gate = self._project(x, positions)
     output, memory = self._attend(query, key, value, state.memory, segment_ids, lengths)
     output = constrain(output, "batch", "length", "heads", None)
-    last = jnp.full((batch,), length) if lengths is None else lengths
-    positions = jnp.broadcast_to(positions, (batch, length))
-    following = jnp.take_along_axis(positions, jnp.maximum(last - 1, 0)[:, None], axis=1)[:, 0] + 1
-    following = jnp.where(last == 0, state.position, following)
-    return self._finish(output, gate), LightningState(memory, following.astype(jnp.int32))
+    following = position_after(positions, lengths, state.position)
+    return self._finish(output, gate), LightningState(memory, following)
 
   def step(
     self, x: Float[Array, "B D"], state: LightningState

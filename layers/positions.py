@@ -1,10 +1,11 @@
-"""Position encodings."""
+"""Position encodings, and counting positions."""
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..pallas_kernels.rotary import rotary_tables, rotate
 from .partitioning import logical
 
 
@@ -34,3 +35,62 @@ class LRPE(nnx.Module):
     self, x: Float[Array, "B T H K"], positions: Int[Array, "#B T"]
   ) -> Float[Array, "B T H 2*K"]:
     return lrpe(x, self.theta[...], positions)
+
+
+def rotary_pairs(head_dim: int, fraction: float) -> int:
+  """Pairs of channels that `rotary` turns: half of int(fraction head_dim), rounded up.
+
+  Raises:
+    ValueError: a fraction outside [0, 1], or an odd head_dim that would have to be turned whole.
+  """
+  pairs = (int(fraction * head_dim) + 1) // 2
+  if not 0 <= fraction <= 1 or 2 * pairs > head_dim:
+    raise ValueError(
+      f"rotary: fraction must lie in [0, 1] and leave whole pairs; got {fraction} of {head_dim}"
+      " channels (0 for no rotary positions)"
+    )
+  return pairs
+
+
+def rotary(
+  x: Float[Array, "B T H K"],
+  positions: Int[Array, "#B T"],
+  *,
+  fraction: float = 1.0,
+  base: float = 10000.0,
+) -> Float[Array, "B T H K"]:
+  """Turns pairs of channels by angles t base^(-2 i / n), so that scores depend on distances alone.
+
+  Of each head's K channels the first n = int(fraction K) are turned: channel i together with
+  channel i + n/2 (halves, not neighbours), to (x1 cos - x2 sin, x2 cos + x1 sin). An odd n is a
+  case of its own: (n + 1)/2 pairs, n + 1 channels, exponents still over n, which is what trained
+  the released 1.3B baseline (70 channels, half of them). Angles are float32 (or wider).
+  Paper: RoFormer (2021).
+  """
+  head_dim = x.shape[-1]
+  turned = 2 * rotary_pairs(head_dim, fraction)
+  if not turned:
+    return x
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  # Tables [B, T, 1, pairs]: all heads turn alike.
+  tables = rotary_tables(positions[..., None], int(fraction * head_dim), base, wide)
+  first = rotate(x[..., :turned], tables)
+  return jnp.concatenate([first, x[..., turned:]], axis=-1)
+
+
+def positions_from(length: int, start: Int[Array, " B"] | None) -> Int[Array, "#B T"]:
+  """Counts on from `start`; [1, T] if it is None, so that phases are computed once for all rows."""
+  return jnp.arange(length)[None] + (0 if start is None else start[:, None])
+
+
+def position_after(
+  positions: Int[Array, "#B T"],
+  lengths: Int[Array, " B"] | None,
+  before: Int[Array, " B"],
+) -> Int[Array, " B"]:
+  """Position of the token that follows each row's last real one; `before` where a row has none."""
+  batch, length = before.shape[0], positions.shape[1]
+  last = jnp.full((batch,), length) if lengths is None else lengths
+  positions = jnp.broadcast_to(positions, (batch, length))
+  following = jnp.take_along_axis(positions, jnp.maximum(last - 1, 0)[:, None], axis=1)[:, 0] + 1
+  return jnp.where(last == 0, before, following).astype(jnp.int32)

@@ -5,6 +5,21 @@ from .lightning_attention import (
   lightning_attention_step,
   sharded_lightning_attention,
 )
+from .sliding_window_attention import (
+  WindowState,
+  empty_window,
+  left_keys,
+  sharded_sliding_window_attention,
+  sliding_window_attention,
+  sliding_window_attention_step,
+)
+from .softmax_attention import (
+  CacheState,
+  empty_cache,
+  sharded_softmax_attention,
+  softmax_attention,
+  softmax_attention_step,
+)
 from .taylor_attention import (
   sharded_taylor_attention,
   taylor_attention,
@@ -12,10 +27,21 @@ from .taylor_attention import (
 )
 
 __all__ = [
+  "CacheState",
+  "WindowState",
+  "empty_cache",
+  "empty_window",
+  "left_keys",
   "lightning_attention",
   "lightning_attention_step",
   "sharded_lightning_attention",
+  "sharded_sliding_window_attention",
+  "sharded_softmax_attention",
   "sharded_taylor_attention",
+  "sliding_window_attention",
+  "sliding_window_attention_step",
+  "softmax_attention",
+  "softmax_attention_step",
   "taylor_attention",
   "taylor_attention_step",
 ]

@@ -13,12 +13,12 @@ def rotary_tables(
 ) -> Tables | None:
   """cos and sin of position base^(-2 i / dim) for the dim / 2 pairs, each [*B, dim / 2].
 
-  None for base None, which `rotate` takes for no turn.
+  An odd dim has (dim + 1) / 2 pairs. None for base None, which `rotate` takes for no turn.
   """
   if base is None:
     return None
   # In float64 first: a rounded exponent would be a wrong angle at far positions.
-  rates = base ** (-2.0 * np.arange(dim // 2) / dim)
+  rates = base ** (-2.0 * np.arange((dim + 1) // 2) / dim)
   angles = positions[..., None].astype(dtype) * jnp.asarray(rates, dtype)
   return jnp.cos(angles), jnp.sin(angles)
 

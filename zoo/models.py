@@ -7,10 +7,10 @@ from types import ModuleType
 from flax import nnx
 
 from ..layers import DecoderLM
-from . import transnormer
+from . import based, mqar, transnormer
 
 # Every module here has PRESETS (name -> frozen config), build(config, rngs) and parameter_count.
-MODULES: tuple[ModuleType, ...] = (transnormer,)
+MODULES: tuple[ModuleType, ...] = (transnormer, based, mqar)
 
 
 def list_models() -> list[str]:
@@ -43,14 +43,22 @@ def family_of(config) -> str:
   raise TypeError(f"zoo: config must be a configuration of the zoo; got {type(config).__name__}")
 
 
+def module_of(family: str) -> ModuleType:
+  """The zoo module of a family."""
+  modules = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+  if family not in modules:
+    raise ValueError(_unknown("zoo", "family", family, list(modules)))
+  return modules[family]
+
+
 def config_class(family: str) -> type:
   """The configuration class of a family."""
-  return _class_of(_module(family))
+  return _class_of(module_of(family))
 
 
 def build(config, rngs: nnx.Rngs) -> DecoderLM:
   """The model of a configuration, with fresh weights."""
-  return _module(family_of(config)).build(config, rngs)
+  return module_of(family_of(config)).build(config, rngs)
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
@@ -60,20 +68,13 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
 
 def parameter_count(config) -> int:
   """Number of trained weights, from the configuration alone."""
-  return _module(family_of(config)).parameter_count(config)
+  return module_of(family_of(config)).parameter_count(config)
 
 
 def nearest(got: str, known: list[str]) -> str:
   """`did you mean 'x'?`, or the list of all names where none is near."""
   near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
   return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-
-
-def _module(family: str) -> ModuleType:
-  modules = {module.__name__.rpartition(".")[2]: module for module in MODULES}
-  if family not in modules:
-    raise ValueError(_unknown("zoo", "family", family, list(modules)))
-  return modules[family]
 
 
 def _class_of(module: ModuleType) -> type:

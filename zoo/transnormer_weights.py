@@ -1,10 +1,7 @@
 """TransNormerLLM's published weight layout (the hub checkpoints of 385M to 7B)."""
 
 import dataclasses
-import difflib
-import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,7 +10,17 @@ from flax import nnx
 from ..layers import DecoderLM, activation
 from . import transnormer
 from .transnormer import TransNormerConfig
-from .weights import Slot, dump_slots, load_slots, read_tensors, write_safetensors
+from .weights import (
+  Slot,
+  dump_slots,
+  find_preset,
+  layer_places,
+  load_slots,
+  read_config_json,
+  read_tensors,
+  without_head_copy,
+  write_exported,
+)
 
 # Names in the published config.json and ours. What is not listed there is not a choice we offer.
 _CONFIG_NAMES = {
@@ -52,30 +59,18 @@ def import_weights(
       corrupt file, or a preset whose layout was never published.
   """
   if isinstance(config, str):
-    config = preset(config)
+    config = find_preset(config, transnormer)
   elif config is None:
     config = config_beside(source)
   config = dataclasses.replace(config, **overrides)
   _check_layout(config)
-  tensors = _without_head_copy(read_tensors(source))
+  tensors = without_head_copy(read_tensors(source), "model.embed_tokens.weight")
   return load_slots(
     lambda: transnormer.build(config, nnx.Rngs(0)),
     _slots(config),
     tensors,
     "TransNormerLLM with this configuration",
   )
-
-
-def preset(name: str) -> TransNormerConfig:
-  """The preset's configuration, if checkpoints of it can be imported."""
-  if name in transnormer.NO_IMPORT:
-    raise ValueError(f"import_weights: {name!r} cannot be imported: {transnormer.NO_IMPORT[name]}")
-  if name not in transnormer.PRESETS:
-    near = difflib.get_close_matches(name, transnormer.PRESETS, n=1, cutoff=0.0)
-    raise ValueError(
-      f"import_weights: config must be a preset; got {name!r} (did you mean {near[0]!r}?)"
-    )
-  return transnormer.PRESETS[name]
 
 
 def export_weights(
@@ -89,40 +84,15 @@ def export_weights(
   The head is the embedding and is not listed twice. Importing the result gives the same bits back.
   """
   _check_layout(config)
-  tensors = dump_slots(model, _slots(config), dtype)
-  if path is not None:
-    if pathlib.Path(path).suffix != ".safetensors":
-      raise ValueError(f"export_weights: path must end in .safetensors; got {path} (one file)")
-    write_safetensors(path, tensors)
-  return tensors
+  return write_exported(path, dump_slots(model, _slots(config), dtype))
 
 
 def config_beside(source: str | os.PathLike | Mapping) -> TransNormerConfig:
   """The configuration that the `config.json` beside a checkpoint describes."""
-  if isinstance(source, Mapping):
-    raise ValueError(
-      "import_weights: config must be given for a mapping of arrays; got None (a preset name, or a"
-      " TransNormerConfig)"
-    )
-  path = pathlib.Path(source)
-  if not path.exists():
-    raise FileNotFoundError(f"import_weights: source must exist; got {path} (no such file)")
-  file = (path if path.is_dir() else path.parent) / "config.json"
-  if not file.exists():
-    raise FileNotFoundError(
-      f"import_weights: {file} must exist when no config is given (pass a preset name as config)"
-    )
-  try:
-    raw = dict(json.loads(file.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(
-      f"import_weights: {file} must be a JSON object; {error} (download it again)"
-    ) from error
+  file, raw = read_config_json(source, required=list(_CONFIG_NAMES)[:5])
   if raw.get("gate_dim"):
     reason = transnormer.NO_IMPORT["transnormer3-15b"]
     raise ValueError(f"import_weights: {file} has gate_dim and cannot be imported: {reason}")
-  if absent := [name for name in list(_CONFIG_NAMES)[:5] if name not in raw]:
-    raise ValueError(f"import_weights: {file} must have the fields {', '.join(absent)}")
   fields = {ours: raw[theirs] for theirs, ours in _CONFIG_NAMES.items() if theirs in raw}
   if fields["glu_dim"] == -1:
     fields["glu_dim"] = fields["features"]
@@ -168,26 +138,13 @@ def _check_layout(config: TransNormerConfig) -> None:
     )
 
 
-def _without_head_copy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Drops `lm_head.weight`, which must be the embedding."""
-  tensors = dict(tensors)
-  head = tensors.pop("lm_head.weight", None)
-  embedding = tensors.get("model.embed_tokens.weight")
-  if head is not None and embedding is not None and not np.array_equal(head, embedding):
-    raise ValueError(
-      "import_weights: lm_head.weight must equal model.embed_tokens.weight; it differs (the model"
-      " ties them)"
-    )
-  return tensors
-
-
 def _slots(config: TransNormerConfig) -> Iterator[Slot]:
   c, heads, dim = config, config.heads, config.head_dim
   yield Slot(
     "model.embed_tokens.weight", (c.vocab_size, c.features), ("embedding",), (), _same, _same
   )
-  for layer in range(c.num_layers):
-    group, index = _place(config, layer)
+  places = layer_places([c.has_lrpe(layer) for layer in range(c.num_layers)])
+  for layer, (group, index) in enumerate(places):
     name = f"model.layers.{layer}"
     at = ("groups", group)
 
@@ -232,15 +189,6 @@ def _slots(config: TransNormerConfig) -> Iterator[Slot]:
       for theirs, ours in (("l1", "gate"), ("l2", "up"), ("l3", "down")):
         size = c.features if theirs == "l3" else c.glu_dim
         yield slot(f"channel_mixer.{theirs}.bias", (size,), ("feed_forward", ours, "bias"))
-
-
-def _place(config: TransNormerConfig, layer: int) -> tuple[int, int]:
-  """(group of stacked layers, index in it): runs of layers with and without LRPE."""
-  group = index = 0
-  for below in range(1, layer + 1):
-    same = config.has_lrpe(below) == config.has_lrpe(below - 1)
-    group, index = (group, index + 1) if same else (group + 1, 0)
-  return group, index
 
 
 def _same(x: np.ndarray) -> np.ndarray:

@@ -4,11 +4,14 @@ A model's zoo module lists its published tensors as `Slot`s; `load_slots` and `d
 numbers between that list and the model, and report everything that does not fit in one error.
 """
 
+import difflib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,10 @@ from .torch_pickle import read_torch_file
 
 
 class Slot(NamedTuple):
-  """Where one published tensor lives in the model."""
+  """Where one published tensor, or some rows of it, lives in the model.
+
+  A tensor that several variables share has a slot for each, in the order of its rows.
+  """
 
   name: str
   shape: tuple[int, ...]
@@ -28,6 +34,7 @@ class Slot(NamedTuple):
   index: tuple[int, ...]  # of the tensor within the (stacked) variable
   to_ours: Callable[[np.ndarray], np.ndarray]
   to_theirs: Callable[[np.ndarray], np.ndarray]
+  rows: slice = slice(None)  # of the published tensor
 
 
 def read_tensors(source: str | os.PathLike | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -59,6 +66,67 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
   save_file(arrays, str(path), metadata={"format": "pt"})
 
 
+def find_preset(name: str, family: ModuleType) -> Any:
+  """The configuration of a preset of a zoo module, if checkpoints of it can be imported."""
+  if name in family.NO_IMPORT:
+    raise ValueError(f"import_weights: {name!r} cannot be imported: {family.NO_IMPORT[name]}")
+  if name not in family.PRESETS:
+    near = difflib.get_close_matches(name, family.PRESETS, n=1, cutoff=0.0)
+    raise ValueError(
+      f"import_weights: config must be a preset; got {name!r} (did you mean {near[0]!r}?)"
+    )
+  return family.PRESETS[name]
+
+
+def read_config_json(
+  source: str | os.PathLike | Mapping, required: Sequence[str] = ()
+) -> tuple[pathlib.Path, dict[str, Any]]:
+  """(path, contents) of the `config.json` beside a checkpoint, which must have some fields."""
+  if isinstance(source, Mapping):
+    raise ValueError(
+      "import_weights: config must be given for a mapping of arrays; got None (the name of a"
+      " preset, or a configuration)"
+    )
+  path = pathlib.Path(source)
+  if not path.exists():
+    raise FileNotFoundError(f"import_weights: source must exist; got {path} (no such file)")
+  file = (path if path.is_dir() else path.parent) / "config.json"
+  if not file.exists():
+    raise FileNotFoundError(
+      f"import_weights: {file} must exist when no config is given (pass a preset name as config)"
+    )
+  try:
+    raw = dict(json.loads(file.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"import_weights: {file} must be a JSON object; {error} (download it again)"
+    ) from error
+  if absent := [name for name in required if name not in raw]:
+    raise ValueError(f"import_weights: {file} must have the fields {', '.join(absent)}")
+  return file, raw
+
+
+def without_head_copy(tensors: Mapping[str, np.ndarray], embedding: str) -> dict[str, np.ndarray]:
+  """Drops `lm_head.weight`, which must be the tensor called `embedding`."""
+  tensors = dict(tensors)
+  head = tensors.pop("lm_head.weight", None)
+  table = tensors.get(embedding)
+  if head is not None and table is not None and not np.array_equal(head, table):
+    raise ValueError(
+      f"import_weights: lm_head.weight must equal {embedding}; it differs (the model ties them)"
+    )
+  return tensors
+
+
+def layer_places(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
+  """(group of stacked layers, index in it) of each layer: runs of equal structure are one group."""
+  places = [(0, 0)]
+  for before, structure in zip(structures, structures[1:], strict=False):
+    group, index = places[-1]
+    places.append((group, index + 1) if structure == before else (group + 1, 0))
+  return places
+
+
 def load_slots[Model: nnx.Module](
   build: Callable[[], Model],
   slots: Iterable[Slot],
@@ -78,9 +146,9 @@ def load_slots[Model: nnx.Module](
   missing = sorted(names - set(tensors))
   surplus = sorted(set(tensors) - names)
   misshapen = [
-    f"{slot.name} has {tensors[slot.name].shape}, expected {slot.shape}"
-    for slot in slots
-    if slot.name in tensors and tensors[slot.name].shape != slot.shape
+    f"{name} has {tensors[name].shape}, expected {shape}"
+    for name, shape in {slot.name: slot.shape for slot in slots}.items()
+    if name in tensors and tensors[name].shape != shape
   ]
   problems = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
   if any(problems.values()):
@@ -103,12 +171,23 @@ def _filled(
 ) -> jax.Array:
   """One parameter, put together from the published tensors that it stacks."""
   value = np.empty(like.shape, like.dtype)
-  depth = 1 if slots[0].index == () else like.shape[0]
-  if len({slot.index for slot in slots}) != depth:
-    raise RuntimeError(f"{slots[0].path} has {depth} layers, but {len(slots)} published tensors")
+  count = math.prod(like.shape[: len(slots[0].index)])
+  if len({slot.index for slot in slots}) != count:
+    raise RuntimeError(f"{slots[0].path} has {count} parts, but {len(slots)} published tensors")
   for slot in slots:
-    value[slot.index] = slot.to_ours(tensors[slot.name]).astype(like.dtype)
+    value[slot.index] = slot.to_ours(tensors[slot.name][slot.rows]).astype(like.dtype)
   return jnp.asarray(value)
+
+
+def write_exported(
+  path: str | os.PathLike | None, tensors: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """The tensors themselves, after they were written to `path` if there is one."""
+  if path is not None:
+    if pathlib.Path(path).suffix != ".safetensors":
+      raise ValueError(f"export_weights: path must end in .safetensors; got {path} (one file)")
+    write_safetensors(path, tensors)
+  return tensors
 
 
 def dump_slots(
@@ -117,7 +196,10 @@ def dump_slots(
   """The published tensors of a model, in `dtype` (None: that of the parameters)."""
   params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
   values = {path: jax.device_get(variable.get_value()) for path, variable in params.items()}
-  tensors = {slot.name: slot.to_theirs(values[slot.path][slot.index]) for slot in slots}
+  parts: dict[str, list[np.ndarray]] = {}
+  for slot in slots:
+    parts.setdefault(slot.name, []).append(slot.to_theirs(values[slot.path][slot.index]))
+  tensors = {name: np.concatenate(rows) if rows[1:] else rows[0] for name, rows in parts.items()}
   if dtype is not None:
     tensors = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
   return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

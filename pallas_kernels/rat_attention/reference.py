@@ -1,5 +1,7 @@
 """RAT attention as it is defined: one token after the other. The oracle; never optimised."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -60,8 +62,7 @@ def rat_attention_reference(
       position + 1,
     )
     real = t < lengths
-    keep = lambda new, old: jnp.where(real.reshape(-1, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
-    after = jax.tree.map(keep, after, state)
+    after = jax.tree.map(functools.partial(_where, real), after, state)
     return (after, jnp.where(real, seg, segment)), jnp.where(real[:, None, None], output, 0)
 
   summaries = (x.astype(dtype) for x in (initial_state.key, initial_state.value))
@@ -74,3 +75,7 @@ def rat_attention_reference(
   if output_logits is not None:
     output *= jax.nn.sigmoid(output_logits.astype(dtype))
   return output, state
+
+
+def _where(rows, new, old):
+  return jnp.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

@@ -20,12 +20,12 @@ class History(NamedTuple):
 class Tokens(NamedTuple):
   """Keys and values of a call, those of its state in front; query i is at S - T + i.
 
-  R is B, or 1 where all rows are alike. A query sees keys of its own document only.
+  A query sees keys of its own document only; `documents` None: all belong to one.
   """
 
   key: Float[Array, "B S G K"]
   value: Float[Array, "B S G V"]
-  documents: Int[Array, "R S"]
+  documents: Int[Array, "B S"] | None
   length: int  # T
 
 
@@ -37,10 +37,9 @@ def extend(
 ) -> Tokens:
   """Puts `history` in front; `segments` counts documents from 0, the history's."""
   batch, length = key.shape[:2]
-  documents = jnp.zeros((1, length), jnp.int32) if segments is None else segments
   if history is None:
-    return Tokens(key, value, documents, length)
-  documents = jnp.broadcast_to(documents, (batch, length))
+    return Tokens(key, value, segments, length)
+  documents = jnp.zeros((batch, length), jnp.int32) if segments is None else segments
   return Tokens(
     jnp.concatenate([history.key, key], axis=1),
     jnp.concatenate([history.value, value], axis=1),

@@ -1,10 +1,10 @@
 """The window: which keys it holds, and the ring buffer that carries them from call to call."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..checks import fail
@@ -42,7 +42,7 @@ def left_keys(window_size: int, convention: str = "half") -> int:
 
 
 def empty_window(
-  batch: int, left: int, kv_heads: int, key_dim: int, value_dim: int, dtype: jnp.dtype
+  batch: int, left: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike
 ) -> WindowState:
   """The state before the first token."""
   key = jnp.zeros((batch, left, kv_heads, key_dim), dtype)
@@ -61,6 +61,7 @@ def slot_numbers(count: Int[Array, " B"], left: int) -> Int[Array, "B left"]:
 
 def oldest_first(state: WindowState) -> History:
   """The stored keys and values in order of age, the newest last; empty slots come first."""
+  state = WindowState(*map(jnp.asarray, state))
   left = state.key.shape[1]
   if left == 0:
     return History(state.key, state.value, jnp.zeros(state.key.shape[:2], jnp.int32))
@@ -91,21 +92,17 @@ def window_after(
   # Slot s holds the token that is (s - count) mod left places after the oldest of the last `left`.
   place = (jnp.arange(left) - count[:, None]) % left
   position = stored + stop[:, None] - left + place  # [B, left]
-  inside = position >= 0
+  kept = position >= 0
   position = jnp.maximum(position, 0)
   rows = jnp.arange(batch)[:, None]
-  documents = jnp.broadcast_to(tokens.documents, (batch, tokens.documents.shape[1]))
-  kept = (inside & (documents[rows, position] == document[:, None]))[..., None, None]
+  if tokens.documents is not None:
+    kept &= tokens.documents[rows, position] == document[:, None]
+  kept = kept[..., None, None]
   return WindowState(
     jnp.where(kept, tokens.key[rows, position], 0),
     jnp.where(kept, tokens.value[rows, position], 0),
     count,
   )
-
-
-def keys_in_reach(length: int, left: int, chunk: int) -> int:
-  """Pairs of query and key that blocks of `chunk` queries compute."""
-  return math.ceil(length / chunk) * chunk * (chunk + left)
 
 
 def filled_slots(state: WindowState) -> jax.Array:

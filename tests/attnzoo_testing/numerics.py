@@ -9,6 +9,8 @@ def relative_error(got, truth) -> tuple[float, float]:
   got, truth = np.asarray(got, np.float64), np.asarray(truth, np.float64)
   if got.shape != truth.shape:
     raise AssertionError(f"shape {got.shape} where the truth has {truth.shape}")
+  if not truth.size:
+    return 0.0, 0.0
   scale = np.sqrt(np.mean(truth**2)) or 1.0
   error = got - truth
   return float(np.sqrt(np.mean(error**2)) / scale), float(np.max(np.abs(error)) / scale)
@@ -35,4 +37,6 @@ def assert_as_exact(got: dict, portable: dict, truth: dict, dtype) -> dict[str, 
 def _peak(truth) -> float:
   """Largest entry relative to the RMS."""
   truth = np.asarray(truth, np.float64)
+  if not truth.size:
+    return 0.0
   return float(np.max(np.abs(truth)) / (np.sqrt(np.mean(truth**2)) or 1.0))

@@ -9,41 +9,7 @@ from flax import nnx
 from attnzoo.layers import LRPE, LightningMixer, LightningMixerConfig, lrpe, srms_norm
 from attnzoo.pallas_kernels.lightning_attention.decay import decay_rates
 from attnzoo_testing.goldens import golden
-
-
-def close(got, expected, relative=1e-5):
-  """Largest error relative to the largest entry."""
-  expected = np.asarray(expected, np.float64)
-  np.testing.assert_allclose(
-    np.asarray(got, np.float64) / np.abs(expected).max(),
-    expected / np.abs(expected).max(),
-    atol=relative,
-    rtol=0,
-  )
-
-
-def set_params(module, **values):
-  """Overwrites parameters given as path__like__this=array; all of them must be named."""
-  flat = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-  assert {"__".join(map(str, path)) for path in flat} == set(values)
-  for path, variable in flat.items():
-    value = np.asarray(values["__".join(map(str, path))])
-    assert value.shape == variable.get_value().shape, path
-    variable.set_value(jnp.asarray(value))
-  nnx.update(module, nnx.from_flat_state(flat.items()))
-
-
-def value_and_grads(mixer, x, dy):
-  """y, dL/dx and dL/dparams for L = sum(y * dy)."""
-  graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-
-  def loss(params, x):
-    y, _ = nnx.merge(graph, params, rest)(x)
-    return jnp.sum(y * dy), y
-
-  (_, y), (d_params, dx) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
-  flat = {"__".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(d_params)}
-  return y, dx, flat
+from attnzoo_testing.mixers import close, set_params, value_and_grads
 
 
 def hub_mixer(g, name_of_lrpe=True):
