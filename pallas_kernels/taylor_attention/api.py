@@ -75,7 +75,7 @@ def taylor_attention(
     NAME, query, key, value, log_decay, segment_ids, lengths, initial_state, chunk_size,
     implementation,
   )  # fmt: skip
-  implementation = implementation or _choose(query)
+  implementation = implementation or _choose(query, chunk_size)
   state_dtype = jnp.promote_types(query.dtype, jnp.float32)
   if initial_state is None:
     initial_state = jnp.zeros(state_shape(query, value), state_dtype)
@@ -119,13 +119,15 @@ def state_shape(query, value) -> tuple[int, int, int, int]:
   return batch, heads, feature_count(dim), value.shape[3] + 1
 
 
-def _choose(query) -> str:
+def _choose(query, chunk_size) -> str:
   """The kernel of the platform where it takes these arguments, else the portable path."""
   platform = compat.target_platform()
   if platform == "tpu" and query.dtype in (jnp.float32, jnp.bfloat16):
     return "tpu"
   if platform == "cuda" and compat.has_jax_triton() and query.dtype != jnp.float64:
-    return "triton"
+    from .triton import takes
+
+    return "triton" if takes(NAME, query.shape[3], query.dtype.name, chunk_size) else "xla"
   return "xla"
 
 
