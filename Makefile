@@ -31,7 +31,7 @@ comma := ,
 DEVICE := $(if $(findstring cuda,$(JAX_PLATFORMS)),$(comma)cuda)$(if $(findstring tpu,$(JAX_PLATFORMS)),$(comma)tpu)
 PYTEST := $(PY) -m pytest --durations=15
 .DEFAULT_GOAL := help
-.PHONY: help train train-long test test-fast test-gpu bench bench-gpu numerics lint format clean
+.PHONY: help train train-long recall test test-fast test-gpu bench bench-gpu numerics lint format clean
 
 help: ## print this list
 	@echo "attnzoo (jax platform here: $(JAX_PLATFORMS))"
@@ -44,6 +44,10 @@ train: ## set up and train a small model for a few minutes; again: go on with it
 train-long: ## a larger model on the same text, about a quarter of an hour on 2 cores
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.train --config=stdlib_long --extend=500 $(ARGS)
+
+recall: ## train small models on a recall task and draw recall against state size
+	@.ci/set-up data$(DEVICE)
+	$(PY) -m attnzoo.experiments.recall_sweep $(ARGS)
 
 test: ## set up and run every test that needs no GPU
 	@.ci/set-up test

@@ -12,8 +12,8 @@ import jax
 from absl import flags
 
 from attnzoo.experiments import command_line
-from attnzoo.experiments.data import check_tokenizer, load_corpus
-from attnzoo.experiments.training import config, loop, runs, state
+from attnzoo.experiments.data import ExampleSet, check_tokenizer, load_data
+from attnzoo.experiments.training import config, loop, recall, runs, state
 from attnzoo.experiments.training.evaluation import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
@@ -38,7 +38,7 @@ def main(_) -> None:
     data = dataclasses.replace(data, tokenizer=_TOKENIZER.value)
   if _LENGTH.value:
     data = dataclasses.replace(data, sequence_length=_LENGTH.value)
-  corpus = load_corpus(data, cache=pathlib.Path(_WORKDIR.value).expanduser() / "corpus")
+  corpus = load_data(data, cache=pathlib.Path(_WORKDIR.value).expanduser() / "corpus")
   if corpus.tokenizer is not None and run.tokenizer is not None:
     check_tokenizer(run.tokenizer, corpus.tokenizer)
   loop.check_vocabulary(run.experiment, corpus)
@@ -54,9 +54,14 @@ def main(_) -> None:
     overlap=_OVERLAP.value,
   )
   print(f"step {run.step}, {_SPLIT.value} of {corpus.name}: {result.describe()}")
+  record = dict(step=run.step, split=_SPLIT.value, **result._asdict())
+  if isinstance(corpus, ExampleSet):
+    found = recall.measure(run.parts, run.params, corpus, data, split=_SPLIT.value)
+    print(f"recall, and by distance of the query from its key\n{found.describe()}")
+    record["recall"] = found.to_json()
   if _JSON.value:
     with open(_JSON.value, "w") as file:
-      json.dump(dict(step=run.step, split=_SPLIT.value, **result._asdict()), file, indent=2)
+      json.dump(record, file, indent=2)
 
 
 if __name__ == "__main__":

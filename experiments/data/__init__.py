@@ -1,8 +1,10 @@
-"""Text for the experiments: sources, tokenizers and batches. See `DataConfig` for the options."""
+"""Data for the experiments: sources, tokenizers and batches. See `DataConfig` for the options."""
 
 from attnzoo.experiments.data.config import SOURCES, DataConfig
 from attnzoo.experiments.data.corpus import Corpus, TokenSplit, load_corpus, read_text
 from attnzoo.experiments.data.errors import DataError
+from attnzoo.experiments.data.examples import ExampleBlock, ExampleSet
+from attnzoo.experiments.data.loading import Data, evaluation_batches, load_data, train_batches
 from attnzoo.experiments.data.pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
 from attnzoo.experiments.data.tokenizers import (
   ByteTokenizer,
@@ -19,10 +21,13 @@ __all__ = [
   "Batch",
   "ByteTokenizer",
   "Corpus",
+  "Data",
   "DataConfig",
   "DataError",
   "Decoder",
   "EvaluationBatches",
+  "ExampleBlock",
+  "ExampleSet",
   "JsonTokenizer",
   "TokenSplit",
   "Tokenizer",
@@ -30,7 +35,10 @@ __all__ = [
   "bits_per_byte",
   "check_tokenizer",
   "describe_tokenizer",
+  "evaluation_batches",
   "load_corpus",
+  "load_data",
   "load_tokenizer",
   "read_text",
+  "train_batches",
 ]

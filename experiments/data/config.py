@@ -4,7 +4,9 @@ import dataclasses
 
 from attnzoo.experiments.data.errors import refuse, suggest
 
-SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface")
+SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface", "mqar")
+
+MQAR_ORDERS = ("segments", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,15 @@ class DataConfig:
   tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
   end_token: str = ""  # end-of-document token of tokenizer.json; empty = the usual names
   cache: str = ""  # folder for tokenised corpora; empty = the folder that the caller proposes
-  sequence_length: int = 512  # tokens per row
+  mqar_train: str = ""  # mqar: segments as length:pairs:examples,...; see mqar.py
+  mqar_test: str = ""  # mqar: likewise, the validation split
+  mqar_vocab_size: int = 8192  # mqar: ids altogether
+  mqar_power: float = 0.01  # mqar: small asks early, 1 everywhere alike
+  mqar_random_fillers: bool = True  # mqar: random ids, not zeros, where nothing is said
+  mqar_order: str = "segments"  # mqar: of batches, "segments" one after the other, or "mixed"
+  sequence_length: int = 512  # tokens per row; mqar: 0, the segments have their own
   batch_size: int = 16  # rows per step, over all hosts
-  seed: int = 0  # order and cuts of the training windows
+  seed: int = 0  # order and cuts of the training windows; mqar: all numbers of the examples
   workers: int = 1  # threads that assemble batches ahead of the training step; 0 = none
   prefetch: int = 8  # batches held ready by the workers
 
@@ -34,14 +42,23 @@ class DataConfig:
     object.__setattr__(self, "suffixes", tuple(self.suffixes))
     if self.source not in SOURCES:
       raise refuse("source", "be a known source", repr(self.source), suggest(self.source, SOURCES))
-    if self.source == "stdlib" and self.path:
-      raise refuse("path", "be empty for source 'stdlib'", repr(self.path), "use source 'text'")
-    if self.source not in ("auto", "stdlib") and not self.path:
+    if self.source in ("stdlib", "mqar") and self.path:
+      raise refuse("path", f"be empty for source {self.source!r}", repr(self.path),
+                   "use source 'text'")  # fmt: skip
+    if self.source not in ("auto", "stdlib", "mqar") and not self.path:
       raise refuse("path", f"be given for source {self.source!r}", "''", "name a file or folder")
     if not 0 < self.validation_fraction < 1:
       raise refuse("validation_fraction", "lie between 0 and 1", self.validation_fraction,
                    "0.06 holds 6 % of the documents out")  # fmt: skip
+    if self.source == "mqar" and self.sequence_length:
+      raise refuse("sequence_length", "be 0 for source 'mqar'", self.sequence_length,
+                   "mqar_train and mqar_test give the lengths")  # fmt: skip
+    if self.mqar_order not in MQAR_ORDERS:
+      raise refuse("mqar_order", f"be one of {MQAR_ORDERS}", repr(self.mqar_order),
+                   "the published runs have 'segments'")  # fmt: skip
     for name, least in _LEAST.items():
+      if name == "sequence_length" and self.source == "mqar":
+        continue
       if getattr(self, name) < least:
         raise refuse(name, f"be at least {least}", getattr(self, name), "see DataConfig")
     if self.token_dtype not in ("", "uint16", "uint32"):

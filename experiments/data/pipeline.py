@@ -41,7 +41,7 @@ class TrainBatches:
   def __init__(
     self, corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
   ):
-    rows = _rows_per_host(config.batch_size, process_index, process_count)
+    rows = rows_per_host(config.batch_size, process_index, process_count)
     windows, slack = _windows(len(corpus.train.tokens), config.sequence_length)
     self.steps_per_epoch = windows / config.batch_size
     self._identity = dict(
@@ -88,6 +88,11 @@ class TrainBatches:
   def epoch(self) -> float:
     return self.position / self.steps_per_epoch
 
+  @property
+  def tokens_per_step(self) -> float:
+    """Positions of a batch over all hosts."""
+    return self._identity["batch_size"] * self._identity["sequence_length"]
+
   def get_state(self) -> bytes:
     """The position and what it counts, as JSON."""
     return json.dumps(dict(position=self.position, **self._identity)).encode()
@@ -98,13 +103,7 @@ class TrainBatches:
     Raises:
       DataError: the state belongs to other data, or to batches of another shape or order.
     """
-    stored = json.loads(state)
-    position = stored.pop("position")
-    different = [key for key, value in self._identity.items() if stored.get(key) != value]
-    if different:
-      raise refuse("set_state", f"get a state of these data {_some(self._identity, different)}",
-                   _some(stored, different),
-                   "resume with the settings of the checkpoint, or start a new run")  # fmt: skip
+    position = check_identity(state, self._identity)
     self._batches.set_state({"next_index": position})
 
   def close(self) -> None:
@@ -151,7 +150,7 @@ class EvaluationBatches:
     self._end_id = corpus.end_id
     self._length, self._overlap = config.sequence_length, overlap
     self._batch_size = config.batch_size
-    self._host_rows = _rows_per_host(config.batch_size, process_index, process_count)
+    self._host_rows = rows_per_host(config.batch_size, process_index, process_count)
     self._first_row = self._host_rows * process_index
 
   def __len__(self) -> int:
@@ -183,7 +182,19 @@ def bits_per_byte(nats: float, target_bytes: int) -> float:
   return nats / (np.log(2) * target_bytes)
 
 
-def _rows_per_host(batch_size: int, process_index: int, process_count: int) -> int:
+def check_identity(state: bytes, identity: dict[str, Any]) -> int:
+  """The position in a state of `get_state`, which must be of the same data in the same batches."""
+  stored = json.loads(state)
+  position = stored.pop("position")
+  different = [key for key, value in identity.items() if stored.get(key) != value]
+  if different:
+    raise refuse("set_state", f"get a state of these data {_some(identity, different)}",
+                 _some(stored, different),
+                 "resume with the settings of the checkpoint, or start a new run")  # fmt: skip
+  return position
+
+
+def rows_per_host(batch_size: int, process_index: int, process_count: int) -> int:
   if not 0 <= process_index < process_count:
     raise refuse("process_index", f"lie in 0..{process_count - 1}", process_index, "count from 0")
   if batch_size % process_count:

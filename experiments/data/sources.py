@@ -31,6 +31,8 @@ def open_source(config: DataConfig) -> Source | formats.TokenSource:
   kind = config.source if config.source != "auto" else guess_source(config.path)
   if kind == "stdlib":
     return stdlib(config.validation_fraction)
+  if kind == "mqar":
+    raise refuse("source", "be text or tokens", "'mqar'", "its examples are made, not read")
   path = existing(config.path)
   if kind == "text":
     return text(path, config)

@@ -243,8 +243,8 @@ def check_same_model(old: dict, new: dict, workdir: pathlib.Path) -> None:
 
 
 def describe(model: dict) -> str:
-  layers, width = model.get("num_layers"), model.get("features")
-  return f"{model.get('family')} ({layers} layers of width {width})"
+  layers = model.get("num_layers", len(model.get("mixers", ())))
+  return f"{model.get('family')} ({layers} layers of width {model.get('features')})"
 
 
 def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:

@@ -6,6 +6,7 @@ A file in `experiments/configs` builds an `Experiment` and hands it to the comma
 """
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any
@@ -35,6 +36,7 @@ class OptimizerConfig:
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the steps, for "warmup_stable_decay"
   weight_decay: float = 0.1  # on matrices; not on biases, norms or positions
+  decay_everything: bool = False  # but on these too (adamw)
   beta1: float = 0.9
   beta2: float = 0.95
   clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
@@ -47,6 +49,8 @@ class OptimizerConfig:
       _fail("OptimizerConfig", "schedule", f"be one of {SCHEDULES}", self.schedule, "after warm-up")
     if self.learning_rate <= 0:
       _fail("OptimizerConfig", "learning_rate", "be positive", self.learning_rate, "try 6e-4")
+    if self.decay_everything and self.name != "adamw":
+      _fail("OptimizerConfig", "decay_everything", "come with adamw", self.name, "not muon")
     for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss", "final_fraction"):
       if getattr(self, name) < 0:
         _fail("OptimizerConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
@@ -149,7 +153,7 @@ def to_json_dict(experiment: Experiment) -> dict[str, Any]:
   """Plain nested dictionaries: what a checkpoint stores. `from_config_dict` reads it back."""
   raw = {part.name: dataclasses.asdict(getattr(experiment, part.name)) for part in _parts()}
   raw["model"]["family"] = models.family_of(experiment.model)
-  return raw
+  return json.loads(json.dumps(raw))  # tuples become lists, as they will when it is read
 
 
 def _parts():

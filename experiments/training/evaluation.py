@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from attnzoo.experiments.data import Corpus, DataConfig, EvaluationBatches, bits_per_byte
+from attnzoo.experiments.data import Data, DataConfig, bits_per_byte, evaluation_batches
 from attnzoo.experiments.training import state
 
 
@@ -43,7 +43,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 def evaluate(
   eval_step,
   params: state.Params,
-  corpus: Corpus,
+  corpus: Data,
   data: DataConfig,
   mesh: Mesh,
   *,
@@ -51,7 +51,9 @@ def evaluate(
   max_tokens: int = 0,
   overlap: int = 0,
 ) -> Evaluation:
-  """Every target of the split once, in rows of `data.sequence_length` tokens.
+  """Every target of the split once; text in rows of `data.sequence_length` tokens.
+
+  Of ready-made examples each counts 1, its targets equal parts of that.
 
   Args:
     eval_step: jitted `state.make_eval_step`.
@@ -59,7 +61,7 @@ def evaluate(
     overlap: tokens of context that each row repeats from the one before it, without counting them.
   """
   part, parts = state.data_part(mesh)
-  batches = EvaluationBatches(
+  batches = evaluation_batches(
     corpus,
     data,
     split=split,

@@ -12,11 +12,12 @@ import optax
 from jax.sharding import Mesh
 
 from attnzoo.experiments.data import (
-  Corpus,
+  Data,
   TrainBatches,
   check_tokenizer,
   describe_tokenizer,
-  load_corpus,
+  load_data,
+  train_batches,
 )
 from attnzoo.experiments.training import checkpoints, config, hosts, reports, state
 from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
@@ -34,11 +35,11 @@ class Run(NamedTuple):
 
   experiment: config.Experiment
   workdir: pathlib.Path
-  corpus: Corpus
+  corpus: Data
   mesh: Mesh
   parts: state.Parts
   eval_step: Callable
-  batches: TrainBatches
+  batches: TrainBatches  # or examples with the same interface
   saved: checkpoints.Checkpoints
   first_step: int
   last_step: int
@@ -68,12 +69,12 @@ def train(
   mesh = state.make_mesh(experiment.mesh)
   state.check_divides(experiment, mesh)
   stored = checkpoints.stored_record(workdir, config.to_json_dict(experiment)["model"])
-  corpus = load_corpus(experiment.data, cache=workdir / "corpus")
+  corpus = load_data(experiment.data, cache=workdir / "corpus")
   check_vocabulary(experiment, corpus)
   if stored and stored["tokenizer"] and corpus.tokenizer is not None:
     check_tokenizer(stored["tokenizer"], corpus.tokenizer)
   block, blocks = state.data_part(mesh)
-  batches = TrainBatches(corpus, experiment.data, process_index=block, process_count=blocks)
+  batches = train_batches(corpus, experiment.data, process_index=block, process_count=blocks)
   keep = dict(keep_last=experiment.train.keep_last, keep_best=experiment.train.keep_best)
   with (
     contextlib.closing(batches),
@@ -208,11 +209,12 @@ def _say_what_starts(run: Run) -> None:
     return
   experiment = run.experiment
   count = models.parameter_count(experiment.model)
-  rows, length = experiment.data.batch_size, experiment.data.sequence_length
-  kind = jax.devices()[0].device_kind
+  rows, kind = experiment.data.batch_size, jax.devices()[0].device_kind
+  length = run.batches.tokens_per_step / rows
   print(f"model  {models.family_of(experiment.model)}, {count:,} parameters")
   print(run.corpus.describe())
-  print(f"batch  {rows} x {length} tokens on {run.mesh.size} x {kind}, mesh {dict(run.mesh.shape)}")
+  devices = f"{run.mesh.size} x {kind}, mesh {dict(run.mesh.shape)}"
+  print(f"batch  {rows} x {length:.4g} tokens on {devices}")
   if run.first_step >= experiment.train.steps:
     more = run.last_step - run.first_step
     after = f"{more} more at the final learning rate" if more else "nothing left to train"
@@ -222,24 +224,23 @@ def _say_what_starts(run: Run) -> None:
 
 
 def _progress(run: Run) -> reports.Progress:
-  data = run.experiment.data
   return reports.Progress(
     run.first_step,
     run.last_step,
-    tokens_per_step=data.batch_size * data.sequence_length,
+    tokens_per_step=run.batches.tokens_per_step,
     flops_per_token=6 * models.parameter_count(run.experiment.model),
     peak_flops=reports.peak_flops(jax.devices()[0].device_kind, run.mesh.size),
     active=hosts.is_first(),
   )
 
 
-def run_record(experiment: config.Experiment, corpus: Corpus) -> dict[str, Any]:
+def run_record(experiment: config.Experiment, corpus: Data) -> dict[str, Any]:
   """What identifies a run: stored in the workdir, checked when it goes on."""
   tokenizer = None if corpus.tokenizer is None else describe_tokenizer(corpus.tokenizer)
   return dict(experiment=config.to_json_dict(experiment), tokenizer=tokenizer)
 
 
-def check_vocabulary(experiment: config.Experiment, corpus: Corpus) -> None:
+def check_vocabulary(experiment: config.Experiment, corpus: Data) -> None:
   """Raises ValueError where the data has ids that the model has not."""
   if corpus.vocab_size > experiment.model.vocab_size:
     raise ValueError(

@@ -33,8 +33,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   """Clipping, then AdamW or Muon with weight decay on matrices only."""
   rate = learning_rate(config, steps)
   if config.name == "adamw":
+    mask = None if config.decay_everything else _matrix_mask
     update = optax.adamw(
-      rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=_matrix_mask
+      rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask
     )
   else:
     update = optax.contrib.muon(

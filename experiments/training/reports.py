@@ -62,8 +62,16 @@ class Progress:
   Says nothing if not `active`.
   """
 
-  def __init__(self, first_step: int, last_step: int, tokens_per_step: int, flops_per_token: float,
-               peak_flops: float | None, *, active: bool = True):  # fmt: skip
+  def __init__(
+    self,
+    first_step: int,
+    last_step: int,
+    tokens_per_step: float,
+    flops_per_token: float,
+    peak_flops: float | None,
+    *,
+    active: bool = True,
+  ):
     self._first, self._last = first_step, last_step
     self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
     self._active = active

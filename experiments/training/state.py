@@ -181,8 +181,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def make_train_step(
   experiment: Experiment, parts: Parts
-) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
-  """One step on one batch, as a pure function to be jitted. Donate the state."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """One step on one batch, as a pure function to be jitted. Donate the state.
+
+  Its third argument multiplies the learning rate, so that one program can train several models
+  at rates of their own (`jax.vmap`).
+  """
   optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
   z_weight = experiment.optimizer.z_loss
   pieces = experiment.train.grad_accumulation
@@ -207,11 +211,15 @@ def make_train_step(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, batch)[0]
 
-  def train_step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+  def train_step(
+    state: TrainState, batch: dict, rate: jax.Array | None = None
+  ) -> tuple[TrainState, Metrics]:
     grads, sums = accumulate(state.params, batch)
     count = jnp.maximum(sums.weight, 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    if rate is not None:  # every update is proportional to it, weight decay included
+      updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
     params = optax.apply_updates(state.params, updates)
     metrics = Metrics(sums.loss / count, sums.correct / count, optax.tree.norm(grads))
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -225,9 +233,7 @@ def make_eval_step(parts: Parts) -> Callable[[Params, dict], Any]:
 
 
 def _loss_sums(parts, params, batch):
-  return merge(parts, params).loss(
-    batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
-  )
+  return merge(parts, params).loss(**batch)
 
 
 def _name(path: tuple) -> str:

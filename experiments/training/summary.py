@@ -4,9 +4,9 @@ import json
 import math
 
 from attnzoo.experiments import baselines
-from attnzoo.experiments.data import DataConfig, DataError, read_text
+from attnzoo.experiments.data import DataConfig, DataError, ExampleSet, read_text
 from attnzoo.experiments.generation import Sampling, generate
-from attnzoo.experiments.training import reports, state
+from attnzoo.experiments.training import recall, reports, state
 from attnzoo.experiments.training.evaluation import Evaluation
 from attnzoo.experiments.training.loop import Outcome, Run
 
@@ -30,12 +30,16 @@ def finish(outcome: Outcome) -> None:
       print(f"no baselines: {error}")
   print(_table(evaluation, marks))
   record = dict(step=int(outcome.state.step), **evaluation._asdict(), baselines=marks)
+  # Parts of the parameters lie with other processes: those have no part in this.
+  here = all(x.is_fully_addressable for x in outcome.state.params.values())
+  if isinstance(run.corpus, ExampleSet) and here:
+    found = recall.measure(run.parts, outcome.state.params, run.corpus, run.experiment.data)
+    print(f"\nrecall, and by distance of the query from its key\n{found.describe()}\n")
+    record["recall"] = found.to_json()
   (run.workdir / RESULT_FILE).write_text(json.dumps(record, indent=2) + "\n")
   per_byte, loss = evaluation.bits_per_byte, evaluation.loss
   to_target_bits = loss / math.log(2) / per_byte if per_byte else 1.0
   curves = reports.draw_curves(run.workdir, {n: v * to_target_bits for n, v in marks.items()})
-  # Parts of the parameters lie with other processes: those have no part in this.
-  here = all(x.is_fully_addressable for x in outcome.state.params.values())
   if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None and here:
     print(f"\nsample:\n{_sample(outcome)}\n")
   print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
