@@ -22,7 +22,7 @@ from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
 from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
 from attnzoo.pallas_kernels.sliding_window_attention import WindowState
 from attnzoo.pallas_kernels.sliding_window_attention import cases as window_cases
-from attnzoo.pallas_kernels.sliding_window_attention.xla import default_chunk as window_chunk
+from attnzoo.pallas_kernels.sliding_window_attention.xla import DEFAULT_CHUNK as WINDOW_CHUNK
 from attnzoo.pallas_kernels.taylor_attention import cases as taylor_cases
 from attnzoo.pallas_kernels.taylor_attention.features import feature_count
 from attnzoo.pallas_kernels.taylor_attention.xla import DEFAULT_CHUNK as TAYLOR_CHUNK
@@ -145,7 +145,7 @@ OPERATORS = {
       function=window_cases.operator,
       results=("output", "stored_key", "stored_value"),
       cases=window_cases,
-      chunk_size=window_chunk(64),
+      chunk_size=WINDOW_CHUNK,
       step=_window_step,
       step_inputs=_window_step_inputs,
       step_cost=_window_step_cost,

@@ -10,7 +10,6 @@ Paper     Simple linear attention language models balance the recall-throughput 
           at 1.0, 256 rows of 2048 tokens a step; 20,000 steps (10 B tokens) with 200 of warm-up, or
           100,000 (50 B) with 1000 for based-1b-50b. Its Pile perplexity at 10 B tokens: based-360m
           8.65, attn-360m 8.39, based-1b 7.43, attn-1b 7.26; at 50 B: 6.30 and 6.28.
-          Unlike there, the scales of the norms and the convolutions' taps are not decayed.
 Expected  not measured here
 Hardware  written for 8 accelerators: 256 rows a step, worked on in 4 parts of 64
 """
@@ -40,6 +39,7 @@ def get_config(preset: str = "based-360m"):
         schedule="cosine",
         warmup_steps=1000 if long else 200,
         weight_decay=0.1,
+        decayed="weights",
         beta1=0.9,
         beta2=0.95,
         clip_norm=1.0,

@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 # AdamW, weight decay on everything, a cosine down to 0, no warm-up, no clipping.
 _OPTIMIZER = config.OptimizerConfig(
-  final_fraction=0.0, warmup_steps=0, weight_decay=0.1, decay_everything=True, beta1=0.9,
+  final_fraction=0.0, warmup_steps=0, weight_decay=0.1, decayed="everything", beta1=0.9,
   beta2=0.999, clip_norm=0.0,
 )  # fmt: skip
 _EPOCH = 391 + 4 * 79  # batches of 256

@@ -18,6 +18,7 @@ from attnzoo.experiments.data import DataConfig
 from attnzoo.zoo import models
 
 SCHEDULES = ("cosine", "linear", "warmup_stable_decay", "constant")
+DECAYED = ("matrices", "weights", "everything")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -35,8 +36,8 @@ class OptimizerConfig:
   schedule: str = "cosine"
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the steps, for "warmup_stable_decay"
-  weight_decay: float = 0.1  # on matrices; not on biases, norms or positions
-  decay_everything: bool = False  # but on these too (adamw)
+  weight_decay: float = 0.1
+  decayed: str = "matrices"  # or (adamw) "weights": all but biases and embedding; "everything"
   beta1: float = 0.9
   beta2: float = 0.95
   clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
@@ -49,8 +50,12 @@ class OptimizerConfig:
       _fail("OptimizerConfig", "schedule", f"be one of {SCHEDULES}", self.schedule, "after warm-up")
     if self.learning_rate <= 0:
       _fail("OptimizerConfig", "learning_rate", "be positive", self.learning_rate, "try 6e-4")
-    if self.decay_everything and self.name != "adamw":
-      _fail("OptimizerConfig", "decay_everything", "come with adamw", self.name, "not muon")
+    if self.decayed not in DECAYED:
+      _fail("OptimizerConfig", "decayed", f"be one of {DECAYED}", self.decayed, "by weight_decay")
+    if self.decayed != "matrices" and self.name != "adamw":
+      _fail(
+        "OptimizerConfig", "decayed", f"be 'matrices' for {self.name}", self.decayed, "or adamw"
+      )
     for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss", "final_fraction"):
       if getattr(self, name) < 0:
         _fail("OptimizerConfig", name, "be at least 0", getattr(self, name), "0 turns it off")

@@ -30,12 +30,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping, then AdamW or Muon with weight decay on matrices only."""
+  """Clipping, then AdamW or Muon with weight decay on what `config.decayed` names."""
   rate = learning_rate(config, steps)
   if config.name == "adamw":
-    mask = None if config.decay_everything else _matrix_mask
+    masks = dict(matrices=_matrix_mask, weights=_weight_mask, everything=None)
     update = optax.adamw(
-      rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask
+      rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=masks[config.decayed]
     )
   else:
     update = optax.contrib.muon(
@@ -54,6 +54,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def _matrix_mask(params: dict) -> dict[str, bool]:
   return {name: name.endswith(_MATRICES) for name in params}
+
+
+def _weight_mask(params: dict) -> dict[str, bool]:
+  return {name: not name.endswith(("bias", "embedding", "head")) for name in params}
 
 
 def _muon_dimensions(params: dict) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:

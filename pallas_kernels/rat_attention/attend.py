@@ -107,6 +107,7 @@ def _backward(residuals, d_output):
     dq, *carry = jax.lax.fori_loop(*bounds, add, (jnp.zeros(q.shape, wide), *carry))
     return tuple(carry), dq.swapaxes(1, 2).astype(q.dtype)
 
+  total = pad_length(total, rows, value=1)  # what follows the last row is divided by it
   blocks = tuple(_split(x, rows) for x in (query, d_output, top, total, delta, first, last))
   zeros = jnp.zeros(tiles[0].shape, wide)
   (dk, dv), dq = jax.lax.scan(block, (zeros, zeros), blocks)

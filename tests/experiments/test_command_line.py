@@ -187,7 +187,7 @@ def test_help(programs, program, flag):
 TRAIN = {
   "--stepz=3": "Unknown command line flag 'stepz'",
   "more": "unexpected arguments more",
-  "--config=zzz": "--config must name a config file; got 'zzz' (known: char_toy,",
+  "--config=zzz": "--config must name a config file; got 'zzz' (known: based_pile,",
   "--config=stdlib_smal": "did you mean 'stdlib_small'?",
   "--config=lm:transnormer-1B": "did you mean 'transnormer-1b'?",
   "--config.train.stepz=3": "there is no field 'stepz'; did you mean 'steps'?",

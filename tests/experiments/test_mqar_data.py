@@ -241,7 +241,7 @@ def experiment(**train) -> config.Experiment:
   return config.Experiment(
     model=zoo.get_config("mqar-tiny", **sizes),
     data=ONE_LENGTH,
-    optimizer=config.OptimizerConfig(learning_rate=0.05, warmup_steps=0, decay_everything=True),
+    optimizer=config.OptimizerConfig(learning_rate=0.05, warmup_steps=0, decayed="everything"),
     train=config.TrainConfig(**(schedule | train)),
   )
 
