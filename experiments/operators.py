@@ -70,7 +70,9 @@ def _lightning_step_cost(case, dtype):
 def _taylor_step_inputs(inputs, normalize):
   del normalize
   query, key, value = (inputs[name][:, 0] for name in ("query", "key", "value"))
-  state = taylor_cases.random_state(np.random.default_rng(7), *value.shape, key.shape[2])
+  batch, heads, value_dim = value.shape
+  rng = np.random.default_rng(7)
+  state = taylor_cases.random_state(rng, batch, heads, value_dim, key.shape[2])
   return query, key, value, inputs.get("log_decay"), state
 
 

@@ -1,7 +1,7 @@
 """Softmax attention as a token mixer: over a sliding window, or over everything so far."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +9,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels import (
-  CacheState,
-  WindowState,
   empty_cache,
   empty_window,
   left_keys,
@@ -29,7 +27,7 @@ from .projections import HeadsIn, HeadsOut
 class AttentionState(NamedTuple):
   """The keys (after rotation) and values that the next token may see."""
 
-  memory: WindowState | CacheState
+  memory: Any  # WindowState, or CacheState without a window
   position: Int[Array, " B"]  # of the next token
 
 
@@ -107,16 +105,16 @@ class AttentionMixer(nnx.Module):
       ValueError: no `max_length` where there is no window either.
     """
     c = self.config
-    if c.left is None and max_length is None:
+    sizes = (c.key_heads or c.heads, c.head_dim, c.head_dim, jnp.dtype(self.dtype))
+    position = jnp.zeros((batch,), jnp.int32)
+    if c.left is not None:
+      return AttentionState(empty_window(batch, c.left, *sizes), position)
+    if max_length is None:
       raise ValueError(
         "AttentionMixer: max_length must be given for attention without a window; got None (its"
         " state is a cache of that many tokens)"
       )
-    sizes = (c.key_heads or c.heads, c.head_dim, c.head_dim, jnp.dtype(self.dtype))
-    position = jnp.zeros((batch,), jnp.int32)
-    if c.left is None:
-      return AttentionState(empty_cache(batch, max_length, *sizes), position)
-    return AttentionState(empty_window(batch, c.left, *sizes), position)
+    return AttentionState(empty_cache(batch, max_length, *sizes), position)
 
   def __call__(
     self,
@@ -170,7 +168,7 @@ class AttentionMixer(nnx.Module):
 
   def _attend(self, query, key, value, memory, segment_ids, lengths):
     c = self.config
-    options = dict(
+    options: dict[str, Any] = dict(
       segment_ids=segment_ids,
       lengths=lengths,
       initial_state=memory,

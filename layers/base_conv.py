@@ -35,24 +35,26 @@ def short_convolution(
   length, reach = x.shape[1], taps.shape[0] - 1
   wide = jnp.promote_types(x.dtype, jnp.float32)
   padded = jnp.concatenate([state.astype(x.dtype), x], axis=1)  # [B, K-1+T, D]
-  documents = None
-  if segment_ids is not None:
-    documents = run_index(segment_ids)
-    before = jnp.pad(documents, ((0, 0), (reach, 0)))  # the state belongs to document 0
+  documents = None if segment_ids is None else run_index(segment_ids)
+  # The state belongs to document 0.
+  before = None if documents is None else jnp.pad(documents, ((0, 0), (reach, 0)))
   total = jnp.zeros(x.shape, wide)
   for i in range(reach + 1):
     term = padded[:, i : i + length].astype(wide) * taps[i].astype(wide)
-    if documents is not None and i < reach:
-      term = jnp.where((before[:, i : i + length] == documents)[..., None], term, 0)
+    if before is not None and i < reach:
+      term = jnp.where(jnp.equal(before[:, i : i + length], before[:, reach:])[..., None], term, 0)
     total += term
-  if lengths is None:
-    state = padded[:, length:]
-  else:  # the K-1 inputs that end at each row's last real token
+
+  def ending(x):  # the K-1 entries that end at each row's last real token
+    if lengths is None:
+      return x[:, length:]
     rows = lengths[:, None] + jnp.arange(reach)
-    state = jnp.take_along_axis(padded, rows[..., None], axis=1)
+    return jnp.take_along_axis(x, rows.reshape(*rows.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+  state = ending(padded)
   if documents is not None:
     last = documents[:, -1] if lengths is None else last_segment(documents, lengths)
-    owner = before[:, length:] if lengths is None else jnp.take_along_axis(before, rows, axis=1)
+    owner = ending(before)
     state = jnp.where((owner == last[:, None])[..., None], state, 0)
   return total.astype(x.dtype), state
 

@@ -119,8 +119,9 @@ class TaylorMixer(nnx.Module):
     self, x: Float[Array, "B D"], state: TaylorState
   ) -> tuple[Float[Array, "B D"], TaylorState]:
     """One token."""
+    query, key, value = self._project(x)
     output, memory = taylor_attention_step(
-      *self._project(x), self._rates(), state.memory, normalize=self.norm is None
+      query, key, value, self._rates(), state.memory, normalize=self.norm is None
     )
     return self._finish(output), TaylorState(memory)
 

@@ -130,7 +130,12 @@ def _reference(tokens, state, segments, lengths, chunk_size, rotary_base):
   given = state._replace(running_key=jnp.asarray(state.running_key, wide),
                          running_value=jnp.asarray(state.running_value, wide))  # fmt: skip
   output, after = rat_attention_reference(
-    *tokens, given, segments, lengths, chunk_size, rotary_base
+    *tokens,
+    initial_state=given,
+    segments=segments,
+    lengths=lengths,
+    chunk_size=chunk_size,
+    rotary_base=rotary_base,
   )
-  summaries = (x.astype(value.dtype) for x in (after.key, after.value))
-  return output.astype(value.dtype), RatState(*summaries, *after[2:])
+  summaries = dict(key=after.key.astype(value.dtype), value=after.value.astype(value.dtype))
+  return output.astype(value.dtype), after._replace(**summaries)

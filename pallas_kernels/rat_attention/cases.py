@@ -6,6 +6,8 @@ is "packed" (documents of uneven length), "single" (every token its own document
 later rows; `scale` multiplies query and key.
 """
 
+from typing import Any
+
 import numpy as np
 
 from ..cases import Case
@@ -97,7 +99,7 @@ def operator(
   *, stored_key=None, stored_value=None, running_key=None, running_value=None, position=None, **rest
 ) -> tuple:
   """`rat_attention` on plain arrays; returns what RESULTS names."""
-  stored = (stored_key, stored_value, running_key, running_value, position)
+  stored: Any = (stored_key, stored_value, running_key, running_value, position)
   output, state = rat_attention(
     **rest, initial_state=None if position is None else RatState(*stored)
   )

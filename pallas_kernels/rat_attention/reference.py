@@ -65,8 +65,8 @@ def rat_attention_reference(
     after = jax.tree.map(functools.partial(_where, real), after, state)
     return (after, jnp.where(real, seg, segment)), jnp.where(real[:, None, None], output, 0)
 
-  summaries = (x.astype(dtype) for x in (initial_state.key, initial_state.value))
-  start = RatState(*summaries, *initial_state[2:])
+  summaries = dict(key=initial_state.key.astype(dtype), value=initial_state.value.astype(dtype))
+  start = initial_state._replace(**summaries)
   steps = (jnp.arange(query.shape[1]), *tokens, segments.T)
   (state, _), output = jax.lax.scan(token, (start, jnp.zeros_like(segments[:, 0])), steps)
   output = jnp.moveaxis(output, 0, 1)

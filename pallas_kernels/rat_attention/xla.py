@@ -120,8 +120,14 @@ def _final_state(summaries, running, places, state, position, segments, lengths,
     found = jnp.take_along_axis(x, source[..., None, None], axis=1)
     return jnp.where(filled[..., None, None], found, 0)
 
-  running = [at_last(x) for x in running]
-  none = empty[:, None, None]
-  old = [0, 0] if state is None else [state.running_key, state.running_value]
-  running = [jnp.where(none, before, x) for before, x in zip(old, running, strict=True)]
-  return RatState(*map(moved, summaries), *running, after.astype(jnp.int32))
+  def ran(x, name):
+    before = 0 if state is None else getattr(state, name)
+    return jnp.where(empty[:, None, None], before, at_last(x))
+
+  return RatState(
+    key=moved(summaries[0]),
+    value=moved(summaries[1]),
+    running_key=ran(running[0], "running_key"),
+    running_value=ran(running[1], "running_value"),
+    position=after.astype(jnp.int32),
+  )

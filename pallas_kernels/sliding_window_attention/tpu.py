@@ -106,7 +106,7 @@ def _splash(
     return _run(options, query, key, value, segments)
 
 
-def _run(options, query, key, value, segments):
+def _run(options, query, key, value, segments) -> Any:
   left, offset, block, interpret = options
   shape = (query.shape[2], key.shape[2])
   mask = Window(shape, window_size=(left, 0), offset=offset)

@@ -59,7 +59,8 @@ def features_transposed(
 def _selections(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """x_i and x_j of every pair. Products with 0/1 matrices: exact, and faster than a gather."""
   first, second = (jnp.asarray(m, x.dtype) for m in _selection_matrices(x.shape[-1]))
-  return tuple(einsum_f32("...f,fp->...p", x, m).astype(x.dtype) for m in (first, second))
+  first, second = (einsum_f32("...f,fp->...p", x, m).astype(x.dtype) for m in (first, second))
+  return first, second
 
 
 def _selection_matrices(dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,7 +67,7 @@ def taylor_attention_triton(
 
 def _forward(query, key, value, log_decay, initial_state, segments, lengths, normalize, chunk_size):
   inputs = (query, key, value, log_decay, initial_state, segments, lengths)
-  problem, config, gpu = _plan(*inputs, normalize, chunk_size)
+  problem, config, gpu = _plan(*inputs, normalize=normalize, chunk_size=chunk_size)
   arrays = dict(zip(Residuals._fields, inputs, strict=False))
   arrays = run_launches(forward_launches(problem, config), arrays, gpu)
   residuals = Residuals(*inputs, arrays["output"], arrays["total"], arrays.get("sums"))
@@ -77,7 +77,7 @@ def _forward(query, key, value, log_decay, initial_state, segments, lengths, nor
 def _backward(normalize, chunk_size, residuals, cotangents):
   *inputs, _, _, _ = residuals
   query, key, value, log_decay, initial_state, segments, lengths = inputs
-  problem, config, gpu = _plan(*inputs, normalize, chunk_size)
+  problem, config, gpu = _plan(*inputs, normalize=normalize, chunk_size=chunk_size)
   arrays = residuals._asdict() | dict(d_output=cotangents[0], d_final_state=cotangents[1])
   arrays = run_launches(backward_launches(problem, config), arrays, gpu)
   d_query, d_key = (sum_tiles(arrays[name], query.dtype) for name in ("d_query", "d_key"))
