@@ -13,6 +13,7 @@ import pytest
 from attnzoo.experiments import benchmark, numerics, operators
 from attnzoo.experiments.benchmarking import peers, report, timing
 from attnzoo.pallas_kernels.cases import Case, tagged
+from attnzoo_testing.marks import slow_but
 
 TINY = Case(
   "tiny", ("bench",), dict(batch=2, length=40, heads=2, key_dim=8, value_dim=8), dict(decay="alibi")
@@ -30,7 +31,7 @@ def session(operator, **changed):
   return benchmark.Session(**options | changed)
 
 
-@pytest.mark.parametrize("name", operators.OPERATORS)
+@pytest.mark.parametrize("name", slow_but(operators.OPERATORS, "lightning_attention"))
 @pytest.mark.parametrize("pass_name", benchmark.PASSES)
 def test_measure_times_everyone_and_says_who_did_not_run(name, pass_name):
   operator, skipped = operators.find(name), {}

@@ -14,6 +14,7 @@ def run(tmp_path_factory):
   programs.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [0, 16])
 def test_table_and_json(run, prompt, tmp_path):
   result = run(

@@ -18,6 +18,7 @@ from attnzoo.pallas_kernels.rat_attention import (
 )
 from attnzoo_testing import goldens
 from attnzoo_testing.gradients import results_and_gradients
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import relative_error
 from attnzoo_testing.oracle import Oracle
 
@@ -77,19 +78,19 @@ def test_golden_steps_from_an_empty_cache(name):
 # --- The portable path against the definition (rung 2) --------------------------------------------
 
 
-@pytest.mark.parametrize("name", ORACLE.ci)
+@pytest.mark.parametrize("name", slow_but(ORACLE.ci, "packed_and_padded"))
 def test_xla_float32(name):
   ORACLE.compare(name, implementation="xla")
 
 
-@pytest.mark.parametrize("name", ORACLE.ci)
+@pytest.mark.parametrize("name", slow_but(ORACLE.ci, "partial_chunk"))
 def test_xla_float64(name, monkeypatch):
   monkeypatch.setattr(attend, "ROWS", 16)  # several blocks and tiles, the last ones partial
   monkeypatch.setattr(attend, "TILE", 5)
   ORACLE.compare_wide(name, implementation="xla")
 
 
-@pytest.mark.parametrize("chunk_size", range(1, 14))
+@pytest.mark.parametrize("chunk_size", slow_but(range(1, 14), 3))
 def test_every_chunk_size(chunk_size):
   """From softmax attention over gated keys (1) to a recurrent network (T), forward."""
   inputs = cases.make_inputs(ORACLE.ci["partial_chunk"])
@@ -144,7 +145,7 @@ def part(inputs, start, stop):
   return {n: x if n == "gate_bias" else x[:, start:stop] for n, x in inputs.items()}
 
 
-@pytest.mark.parametrize("split", [1, 4, 6, 20, 44])
+@pytest.mark.parametrize("split", slow_but([1, 4, 6, 20, 44], 6))
 def test_two_calls_with_the_state_passed_are_one(split):
   inputs = case_inputs("partial_chunk")
   output, final = run(inputs)
@@ -171,6 +172,7 @@ def test_steps_after_a_prompt_of_any_length_are_parallel():
       close(stepped, output[:, t])
 
 
+@pytest.mark.slow
 def test_packed_documents_are_separate_documents():
   inputs = {n: x for n, x in case_inputs("packed").items() if "stored" not in n}
   for name in ("running_key", "running_value", "position"):
@@ -216,6 +218,7 @@ def test_the_future_does_not_change_the_past():
 # --- Transformations (rung 9) ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
   inputs = case_inputs("below_one_chunk")
   stacked = {n: np.stack([x, 2 * x, -x]) for n, x in inputs.items()}
@@ -227,6 +230,7 @@ def test_vmap_is_a_loop():
       close(gradient[name][index], alone[name])
 
 
+@pytest.mark.slow
 def test_two_runs_are_bitwise_equal():
   inputs, cotangent, _, _ = ORACLE.expected("packed_and_padded")
   options = dict(ORACLE.options("packed_and_padded"), implementation="xla")
@@ -348,6 +352,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_seeded_fault_is_seen(fault, monkeypatch):
   name = FAULTS[fault]

@@ -19,6 +19,7 @@ from attnzoo.pallas_kernels import (
 from attnzoo.pallas_kernels.sliding_window_attention import api, cases, window, xla
 from attnzoo_testing.goldens import golden
 from attnzoo_testing.gradients import cotangents, results_and_gradients
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import relative_error
 from attnzoo_testing.oracle import Oracle
 
@@ -102,13 +103,14 @@ def test_golden_cache():
 # --- The portable path against the definition -----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ORACLE.ci)
+@pytest.mark.parametrize("name", slow_but(ORACLE.ci, "packed_and_padded"))
 def test_xla_float32(name):
   ORACLE.compare(name, **XLA)
 
 
 @pytest.mark.parametrize(
-  "name", ["own_key_only", "grouped", "window_over_chunks", "packed_and_padded"]
+  "name",
+  slow_but(["own_key_only", "grouped", "window_over_chunks", "packed_and_padded"], "grouped"),
 )
 def test_xla_float64(name):
   ORACLE.compare_wide(name, implementation="xla", chunk_size=7)
@@ -163,7 +165,7 @@ def cut(inputs, start, stop):
   return {n: x[:, start:stop] for n, x in inputs.items()}
 
 
-@pytest.mark.parametrize("left", [0, 1, 12])
+@pytest.mark.parametrize("left", slow_but([0, 1, 12], 12))
 @pytest.mark.parametrize("with_state", [False, True])
 def test_step_by_step_is_parallel(left, with_state):
   inputs, stored = tokens()
@@ -183,7 +185,7 @@ def test_step_by_step_is_parallel(left, with_state):
   same_state(state, final)
 
 
-@pytest.mark.parametrize("split", [1, 5, 12, 79])
+@pytest.mark.parametrize("split", slow_but([1, 5, 12, 79], 12))
 def test_two_calls_with_the_state_passed_are_one(split):
   inputs, stored = tokens()
   output, final = run(inputs, stored)
@@ -385,6 +387,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_seeded_fault_is_seen(fault, monkeypatch):
   name = FAULTS[fault]

@@ -128,6 +128,7 @@ def halo_from_the_right(patch):
     x, axis, [(b, a) for a, b in pairs]))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fault", [edge_of_the_halo_lost, halo_from_the_right], ids=lambda f: f.__name__
 )

@@ -11,6 +11,7 @@ from attnzoo.pallas_kernels import taylor_attention, taylor_attention_step
 from attnzoo.pallas_kernels.taylor_attention import cases, features, xla
 from attnzoo_testing.goldens import golden
 from attnzoo_testing.gradients import cotangents, results_and_gradients
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import relative_error
 from attnzoo_testing.oracle import Oracle
 
@@ -80,14 +81,18 @@ def test_golden_states():
 
 @pytest.mark.parametrize(
   ("name", "chunk_size"),
-  [(name, CHUNK) for name in ORACLE.ci] + [("packed_and_padded", None), ("chunks_plus_one", None)],
+  slow_but(
+    [*((n, CHUNK) for n in ORACLE.ci), ("packed_and_padded", None), ("chunks_plus_one", None)],
+    ("packed_and_padded", CHUNK),
+  ),
 )
 def test_xla_float32(name, chunk_size):
   ORACLE.compare(name, implementation="xla", chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(
-  ("name", "chunk_size"), [(name, 7) for name in ORACLE.ci] + [("packed_and_padded", 1)]
+  ("name", "chunk_size"),
+  slow_but([*((name, 7) for name in ORACLE.ci), ("packed_and_padded", 1)], ("decayed", 7)),
 )
 def test_xla_float64(name, chunk_size):
   ORACLE.compare_wide(name, implementation="xla", chunk_size=chunk_size)
@@ -136,7 +141,7 @@ def part(inputs, start, stop, **replaced):
   return {n: x if n in whole else x[:, start:stop] for n, x in inputs.items()} | replaced
 
 
-@pytest.mark.parametrize("split", [1, 16, 50, 89])
+@pytest.mark.parametrize("split", slow_but([1, 16, 50, 89], 50))
 def test_two_calls_with_the_state_passed_are_one(split):
   inputs = case_inputs("decayed")
   output, final_state = run(inputs)
@@ -163,6 +168,7 @@ def test_packed_documents_are_separate_documents():
     close(last, final_state[row : row + 1], 150)
 
 
+@pytest.mark.slow
 def test_padded_rows_are_short_rows():
   inputs = case_inputs("padded")
   output, final_state = run(inputs)
@@ -197,6 +203,7 @@ def loss(inputs):
   return jnp.sum(output**2) + jnp.sum(jnp.sin(state))
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
   inputs = case_inputs("below_one_chunk")
   stacked = {n: np.stack([x, 2 * x, -x] if n != "initial_state" else [x, 2 * x, 3 * x])
@@ -208,6 +215,7 @@ def test_vmap_is_a_loop():
       close(gradient[name][index], alone[name], 64)
 
 
+@pytest.mark.slow
 def test_remat_and_scan_over_layers_change_nothing():
   inputs = case_inputs("below_one_chunk")
   query, key, value = inputs["query"], inputs["key"], inputs["value"]

@@ -119,6 +119,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_seeded_fault_is_seen(fault, monkeypatch):
   name = FAULTS[fault]

@@ -13,6 +13,7 @@ from attnzoo.pallas_kernels import sharded_taylor_attention, state_passing, tayl
 from attnzoo.pallas_kernels.taylor_attention import cases
 from attnzoo.pallas_kernels.taylor_attention.features import feature_count
 from attnzoo_testing.gradients import cotangents, results_and_gradients
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.oracle import widen
 
@@ -61,17 +62,19 @@ def compare(function, *options, **sizes):
   assert_as_exact(got, whole, truth, np.float32)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("options", slow_but(OPTIONS, "packed_and_padded"))
+@pytest.mark.parametrize("mesh_name", slow_but(MESHES, "all_three"))
 def test_sharded_is_unsharded(mesh_name, options):
   compare(sharded(mesh_name), options)
 
 
+@pytest.mark.slow
 def test_doubling_is_unsharded(monkeypatch):
   monkeypatch.setattr(state_passing, "GATHER_LIMIT", 1)
   compare(sharded("sequence"), "packed_and_padded")
 
 
+@pytest.mark.slow
 def test_normaliser_that_decays_between_shards_is_seen(monkeypatch):
   """The comparison above can tell the columns of the state apart."""
   where = jnp.where

@@ -18,6 +18,7 @@ from attnzoo.pallas_kernels.taylor_attention.cases import (
 )
 from attnzoo.pallas_kernels.taylor_attention.features import key_features
 from attnzoo_testing.gradients import results_and_gradients
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import assert_as_exact
 
 NAMES = ("output", "state")
@@ -68,7 +69,9 @@ def compare(inputs, dtype, interpret=True, chunk_size=32, **options):
   return assert_as_exact(got, portable, truth, dtype)
 
 
-@pytest.mark.parametrize("name", [case.name for case in tagged(CASES, "ci")])
+@pytest.mark.parametrize(
+  "name", slow_but([case.name for case in tagged(CASES, "ci")], "below_one_chunk")
+)
 def test_float32_against_float64(name, monkeypatch):
   if name == "packed_and_padded":  # loops over chunks, heads in several lane tiles, padding blocks
     monkeypatch.setattr(tpu_tuning, "MAX_ROWS", 128)
@@ -251,6 +254,7 @@ def attempt(small, gradients):
   assert_as_exact(got, portable, truth, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
 def test_no_fault(small, gradients):
   attempt(small, gradients)

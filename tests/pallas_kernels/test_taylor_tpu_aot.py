@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attnzoo.pallas_kernels import taylor_attention
+from attnzoo.pallas_kernels import taylor_attention, taylor_attention_step
 from attnzoo.pallas_kernels.taylor_attention.cases import (
   CASES,
   make_inputs,
   minimum_bytes,
   static_options,
 )
+from attnzoo.pallas_kernels.taylor_attention.features import feature_count
 from attnzoo_testing.tpu_aot import (
   compile_for_tpu,
   kernels,
@@ -110,3 +111,20 @@ def test_compiled(name, chip, dtype, monkeypatch):
     assert schedule.cycles <= cycles, (which, schedule)
     assert schedule.mxu >= mxu, (which, schedule)
     assert schedule.spills <= spills, (which, schedule)
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+def test_a_step_moves_the_state_once():
+  """Decoding 128 sequences: bytes are those of reading and writing the packed float32 state."""
+
+  def tokens(dim):
+    return jax.ShapeDtypeStruct((128, 16, dim), jnp.bfloat16)
+
+  state = jax.ShapeDtypeStruct((128, 16, feature_count(16), 65), jnp.float32)
+
+  def step(query, key, value, state):
+    return taylor_attention_step(query, key, value, None, state)
+
+  compiled = compile_for_tpu(step, tokens(16), tokens(16), tokens(64), state)
+  assert compiled.cost_analysis()["bytes accessed"] <= 1.3 * 2 * 4 * math.prod(state.shape)
