@@ -154,7 +154,7 @@ def cuda_program(function, *shapes, dtype=jnp.bfloat16):
     return output, pull(output)
 
   # cuDNN itself, a large download, is only asked which version it is.
-  version = mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91400)
+  version = mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", return_value=91400)
   with abstract_gpu(), version:
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
