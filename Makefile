@@ -53,7 +53,7 @@ test: ## set up and run every test that needs no GPU
 	@.ci/set-up test
 	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) -m "not gpu" $(ARGS)
 
-test-fast: ## about 3 minutes: no slow tests, no compiling for absent accelerators
+test-fast: ## the quick tests: no slow ones, no compiling for absent accelerators
 	@.ci/set-up test
 	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) -m "not (gpu or slow or tpu_aot or cuda_aot)" $(ARGS)
 

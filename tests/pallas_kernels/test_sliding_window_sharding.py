@@ -16,6 +16,8 @@ from attnzoo.pallas_kernels.sliding_window_attention import cases, sharding
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.numerics import assert_as_exact
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("output", "final_key", "final_value")
 MESHES = {
   "batch_and_heads": ((4, 2), ("data", "model"), {}),

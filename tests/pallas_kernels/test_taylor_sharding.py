@@ -17,6 +17,8 @@ from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.oracle import widen
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("output", "final_state")
 MESHES = {
   "batch_and_heads": ((4, 2), ("data", "model"), {}),

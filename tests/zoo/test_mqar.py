@@ -15,6 +15,8 @@ from attnzoo_testing import mixers
 from attnzoo_testing.goldens import golden
 from attnzoo_testing.mixers import close
 
+pytestmark = pytest.mark.slow
+
 SMALL = MQARConfig(16, feature_dim=8, vocab_size=64)
 
 
