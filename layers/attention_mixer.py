@@ -19,7 +19,7 @@ from ..pallas_kernels import (
   softmax_attention,
   softmax_attention_step,
 )
-from .partitioning import active_axes, constrain
+from .partitioning import constrain, operator_axes
 from .positions import position_after, positions_from, rotary, rotary_pairs
 from .projections import HeadsIn, HeadsOut
 
@@ -176,15 +176,11 @@ class AttentionMixer(nnx.Module):
     )
     if c.left is not None:
       options |= dict(left=c.left, chunk_size=c.chunk_size)
-    axes = active_axes()
-    if not axes:
+    split = operator_axes()
+    if split is None:
       function = softmax_attention if c.left is None else sliding_window_attention
       return function(query, key, value, **options)
-    options |= dict(
-      batch_axes=("data",) if "data" in axes else (),
-      head_axes=("model",) if "model" in axes else (),
-    )
     if c.left is None:  # every query needs all keys: the length is gathered
-      return sharded_softmax_attention(query, key, value, **options)
-    sequence = "seq" if axes.get("seq", 1) > 1 else None
-    return sharded_sliding_window_attention(query, key, value, sequence_axis=sequence, **options)
+      del split["sequence_axis"]
+      return sharded_softmax_attention(query, key, value, **split, **options)
+    return sharded_sliding_window_attention(query, key, value, **split, **options)

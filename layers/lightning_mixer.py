@@ -16,7 +16,7 @@ from ..pallas_kernels import (
 )
 from .activations import activation
 from .norms import make_norm
-from .partitioning import active_axes, constrain, logical
+from .partitioning import constrain, logical, operator_axes
 from .positions import LRPE, position_after, positions_from
 from .projections import HeadsIn, HeadsOut, dense
 from .variables import Constant
@@ -169,17 +169,15 @@ class LightningMixer(nnx.Module):
       chunk_size=self.config.chunk_size,
       implementation=self.config.implementation,
     )
-    axes = active_axes()
-    if not axes:
+    split = operator_axes()
+    if split is None:
       return lightning_attention(query, key, value, self.log_decay[...], **options)
     return sharded_lightning_attention(
       query,
       key,
       value,
       self.log_decay[...],
-      batch_axes=("data",) if "data" in axes else (),
-      head_axes=("model",) if "model" in axes else (),
-      sequence_axis="seq" if axes.get("seq", 1) > 1 else None,
+      **split,
       **options,
     )
 

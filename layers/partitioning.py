@@ -61,6 +61,18 @@ def active_axes() -> dict[str, int]:
   return {a: mesh.shape[a] for a in MESH_AXES if a in types and types[a] != AxisType.Manual}
 
 
+def operator_axes() -> dict[str, Any] | None:
+  """How the sharded operators split their arrays over the mesh in force; None without a mesh."""
+  axes = active_axes()
+  if not axes:
+    return None
+  return dict(
+    batch_axes=("data",) if "data" in axes else (),
+    head_axes=("model",) if "model" in axes else (),
+    sequence_axis="seq" if axes.get("seq", 1) > 1 else None,
+  )
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation with the given logical axes to the mesh in force, if there is one."""
   mesh_axes = active_axes()

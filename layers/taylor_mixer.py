@@ -16,7 +16,7 @@ from ..pallas_kernels import (
 )
 from ..pallas_kernels.taylor_attention.features import feature_count
 from .norms import RMSNorm
-from .partitioning import active_axes, constrain, logical
+from .partitioning import constrain, logical, operator_axes
 from .projections import HeadsIn, HeadsOut
 from .variables import Constant
 
@@ -140,17 +140,15 @@ class TaylorMixer(nnx.Module):
       chunk_size=self.config.chunk_size,
       implementation=self.config.implementation,
     )
-    axes = active_axes()
-    if not axes:
+    split = operator_axes()
+    if split is None:
       return taylor_attention(query, key, value, self._rates(), **options)
     return sharded_taylor_attention(
       query,
       key,
       value,
       self._rates(),
-      batch_axes=("data",) if "data" in axes else (),
-      head_axes=("model",) if "model" in axes else (),
-      sequence_axis="seq" if axes.get("seq", 1) > 1 else None,
+      **split,
       **options,
     )
 

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 # ci: small, run against the oracle; bench: timed; aot: compiled for accelerators that are not here.
 TAGS = ("ci", "bench", "aot")
 
@@ -29,3 +31,19 @@ class Case:
 
 def tagged(cases: tuple[Case, ...], tag: str) -> tuple[Case, ...]:
   return tuple(case for case in cases if tag in case.tags)
+
+
+def make_rows(
+  options: Mapping[str, Any], rng: np.random.Generator, batch: int, length: int
+) -> dict[str, np.ndarray]:
+  """`segment_ids` and `lengths` as the options `segments` and `lengths` say, if they do."""
+  rows = {}
+  if options.get("segments") == "packed":
+    starts = rng.random((batch, length)) < 4 / length
+    rows["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
+  elif options.get("segments") == "single":
+    rows["segment_ids"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+  if options.get("lengths"):
+    rows["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
+    rows["lengths"][:2] = length, 0
+  return rows

@@ -68,6 +68,25 @@ def _check_tokens(function, shared, arrays):
            "cast all of them to one dtype")  # fmt: skip
 
 
+def check_linear_attention(
+  function, query, key, value, log_decay, segment_ids, lengths, initial_state, state_shape,
+  state_hint, chunk_size, implementation,
+):  # fmt: skip
+  """What the linear operators check alike; `state_hint` names the axes of `state_shape`."""
+  check_implementation(function, implementation)
+  check_sequence(function, query=query, key=key, value=value)
+  batch, length, heads = query.shape[:3]
+  check_shape(function, "key", key, query.shape, "query and key have the same head_dim")
+  check_segments(function, segment_ids, batch, length)
+  check_shape(function, "lengths", lengths, (batch,), "one length per row")
+  check_integer(function, "lengths", lengths)
+  check_shape(function, "log_decay", log_decay, (heads,), "one rate per head")
+  check_not_positive(function, "log_decay", log_decay, "pass minus the decay rate")
+  check_shape(function, "initial_state", initial_state, state_shape(query, value), state_hint)
+  if chunk_size is not None and chunk_size < 1:
+    fail(function, "chunk_size", "be at least 1", chunk_size, "None picks the measured best")
+
+
 def check_shape(function: str, name: str, array: jax.Array | None, shape: tuple, hint: str) -> None:
   if array is not None and array.shape != shape:
     fail(function, name, f"have shape {shape}", array.shape, hint)

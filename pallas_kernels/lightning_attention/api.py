@@ -92,19 +92,11 @@ def check_arguments(
   implementation,
 ):  # fmt: skip
   """Raises ValueError, in the name of `function`, for arguments the operator does not take."""
-  checks.check_implementation(function, implementation)
-  checks.check_sequence(function, query=query, key=key, value=value)
-  batch, length, heads = query.shape[:3]
-  checks.check_shape(function, "key", key, query.shape, "query and key have the same head_dim")
-  checks.check_segments(function, segment_ids, batch, length)
-  checks.check_shape(function, "lengths", lengths, (batch,), "one length per row")
-  checks.check_integer(function, "lengths", lengths)
-  checks.check_shape(function, "log_decay", log_decay, (heads,), "one rate per head")
-  checks.check_not_positive(function, "log_decay", log_decay, "pass minus the decay rate")
-  state_shape = _state_shape(query, value)
-  checks.check_shape(function, "initial_state", initial_state, state_shape, "[B, H, K, V]")
-  if chunk_size is not None and chunk_size < 1:
-    checks.fail(function, "chunk_size", "be at least 1", chunk_size, "None picks the measured best")
+  hint = "[B, H, K, V]"
+  checks.check_linear_attention(
+    function, query, key, value, log_decay, segment_ids, lengths, initial_state, _state_shape, hint,
+    chunk_size, implementation,
+  )  # fmt: skip
 
 
 def _state_shape(query, value):

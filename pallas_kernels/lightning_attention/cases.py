@@ -8,7 +8,7 @@ multiplies the inputs.
 
 import numpy as np
 
-from ..cases import Case
+from ..cases import Case, make_rows
 from .decay import decay_rates
 
 
@@ -70,14 +70,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
   rates = {"alibi": decay_rates(heads), "strong": np.full(heads, 7.0), "none": None}
   if (rate := rates[option.get("decay", "alibi")]) is not None:
     inputs["log_decay"] = -rate.astype(np.float32)
-  if option.get("segments") == "packed":
-    starts = rng.random((batch, length)) < 4 / length
-    inputs["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
-  elif option.get("segments") == "single":
-    inputs["segment_ids"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-  if option.get("lengths"):
-    inputs["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
-    inputs["lengths"][:2] = length, 0
+  inputs |= make_rows(option, rng, batch, length)
   if option.get("state"):
     state = rng.standard_normal((batch, heads, key_dim, value_dim))
     inputs["initial_state"] = (option.get("scale", 1.0) * state).astype(np.float32)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
+from ..cases import Case, make_rows
 from .api import rat_attention
 from .state import RatState
 
@@ -68,14 +68,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
   )
   if option.get("output", True):
     inputs["output_logits"] = normal(batch, length, heads, dim)
-  if option.get("segments") == "packed":
-    starts = rng.random((batch, length)) < 4 / length
-    inputs["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
-  elif option.get("segments") == "single":
-    inputs["segment_ids"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-  if option.get("lengths"):
-    inputs["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
-    inputs["lengths"][:2] = length, 0
+  inputs |= make_rows(option, rng, batch, length)
   if tokens := option.get("state"):
     slots = -(-(tokens + length) // size["chunk"])
     inputs["stored_key"] = normal(batch, slots, heads, dim)

@@ -108,8 +108,7 @@ def _final_state(summaries, running, places, state, position, segments, lengths,
   def at_last(x):
     return jnp.take_along_axis(x, last.reshape(batch, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
 
-  slots = summaries[0].shape[1] if state is None else state.key.shape[1]
-  slots = max(slots if state is not None else length // chunk_size, 1)
+  slots = max(length // chunk_size, 1) if state is None else state.key.shape[1]
   first = jnp.where(empty, 0, at_last(places.first))
   source = jnp.minimum(first[:, None] + jnp.arange(slots), summaries[0].shape[1] - 1)
   after = at_last(places.chunk) * chunk_size + at_last(places.row) + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
+from ..cases import Case, make_rows
 from .api import sliding_window_attention
 from .window import WindowState
 
@@ -73,14 +73,7 @@ def make_tokens(case: Case, rng: np.random.Generator, dtype) -> dict[str, np.nda
     key=normal(size["kv_heads"], size["key_dim"], scale),
     value=normal(size["kv_heads"], size["value_dim"]),
   )
-  if option.get("segments") == "packed":
-    starts = rng.random((batch, length)) < 4 / length
-    inputs["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
-  elif option.get("segments") == "single":
-    inputs["segment_ids"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-  if option.get("lengths"):
-    inputs["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
-    inputs["lengths"][:2] = length, 0
+  inputs |= make_rows(option, rng, batch, length)
   return inputs
 
 

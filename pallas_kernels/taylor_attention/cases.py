@@ -8,7 +8,7 @@ division; `scale` multiplies query and key.
 
 import numpy as np
 
-from ..cases import Case
+from ..cases import Case, make_rows
 from .features import feature_count, pairs
 
 
@@ -62,14 +62,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
   )
   if option.get("decay"):
     inputs["log_decay"] = np.log1p(-(0.5 ** np.arange(1, heads + 1))).astype(np.float32)
-  if option.get("segments") == "packed":
-    starts = rng.random((batch, length)) < 4 / length
-    inputs["segment_ids"] = np.cumsum(starts, axis=1, dtype=np.int32)
-  elif option.get("segments") == "single":
-    inputs["segment_ids"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-  if option.get("lengths"):
-    inputs["lengths"] = rng.integers(1, length + 1, batch).astype(np.int32)
-    inputs["lengths"][:2] = length, 0
+  inputs |= make_rows(option, rng, batch, length)
   if option.get("state"):
     inputs["initial_state"] = random_state(rng, batch, heads, value_dim, key_dim, scale)
   return inputs
