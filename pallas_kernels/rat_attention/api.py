@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .. import checks
+from .. import checks, compat
 from ..segments import run_index
 from .reference import rat_attention_reference
 from .state import RatState, empty_state
@@ -52,7 +52,9 @@ def rat_attention(
     lengths: int [B]. Tokens at or past a row's length are padding: their output is 0 and the final
       state is the one after the last real token.
     initial_state: see `RatState`; None is the state before the first token.
-    implementation: "xla", "reference", or None: "xla".
+    implementation: "tpu", "triton", "xla", "reference", or None: the kernel of the platform that is
+      compiled for, where it takes these arguments, else "xla".
+    interpret: runs the TPU kernels on a CPU (True or a `pltpu.InterpretParams`); for tests.
 
   Returns:
     (output [B, T, H, K] in the dtype of `value`, final state). The state has as many slots as
@@ -68,16 +70,33 @@ def rat_attention(
   """
   check_arguments(NAME, query, key, value, gate_logits, gate_bias, output_logits, chunk_size,
                   rotary_base, segment_ids, lengths, initial_state, implementation)  # fmt: skip
+  implementation = implementation or _choose(value)
   segments = None if segment_ids is None else run_index(segment_ids)
   tokens = (query, key, value, gate_logits, gate_bias, output_logits)
-  if (implementation or "xla") == "xla":
-    args = (initial_state, segments, lengths, chunk_size, rotary_base)
-    return rat_attention_xla(*tokens, *args)
+  options = (initial_state, segments, lengths, chunk_size, rotary_base)
+  if implementation == "xla":
+    return rat_attention_xla(*tokens, *options)
   if implementation == "reference":
-    return _reference(tokens, initial_state, segments, lengths, chunk_size, rotary_base)
-  raise NotImplementedError(
-    f'{NAME}: implementation="{implementation}" has no kernel yet (use "xla")'
-  )
+    return _reference(tokens, *options)
+  if implementation == "tpu":
+    compat.require_tpu(NAME, interpret)
+    from .tpu_vjp import rat_attention_tpu  # Pallas' TPU half is loaded only where it is used.
+
+    return rat_attention_tpu(*tokens, *options, interpret)
+  compat.require_triton(NAME)
+  from .triton_vjp import rat_attention_triton
+
+  return rat_attention_triton(*tokens, *options)
+
+
+def _choose(value) -> str:
+  """The kernel of the platform where it takes these arguments, else the portable path."""
+  platform = compat.target_platform()
+  if platform == "tpu" and value.dtype in (jnp.float32, jnp.bfloat16):
+    return "tpu"
+  if platform == "cuda" and compat.has_jax_triton() and value.dtype != jnp.float64:
+    return "triton"
+  return "xla"
 
 
 def check_arguments(
