@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from .block import Block
 from .losses import LossSums, chunked_cross_entropy
 from .partitioning import constrain, logical
+from .stacking import layer_places
 
 REMAT_POLICIES = {
   "none": None,
@@ -21,16 +22,17 @@ REMAT_POLICIES = {
 
 
 class DecoderState(NamedTuple):
-  """The state of every group of layers; leaves have a leading layer axis."""
+  """The states of every group's blocks; leaves have a leading layer axis."""
 
-  groups: tuple[Any, ...]
+  groups: tuple[tuple[Any, ...], ...]
 
 
 class DecoderLM(nnx.Module):
   """Embedding, blocks, final norm, and a head that may be the embedding itself.
 
-  Runs of neighbouring blocks of the same structure are stacked into one block whose variables have
-  a leading layer axis, and run as one `jax.lax.scan`: compile time does not grow with depth.
+  Blocks whose structure repeats, alone or in a pattern, are stacked into one block each, whose
+  variables have a leading layer axis, and run as one `jax.lax.scan`: compile time does not grow
+  with depth. `layers` gives them one by one.
 
   Activations have `dtype`; the residual stream that the layers add to may be kept in a wider
   `residual_dtype`, which costs memory and lets no small addition be lost.
@@ -69,18 +71,28 @@ class DecoderLM(nnx.Module):
       table = table.at[pad_id].set(0)
     self.embedding = self._table(table)
     self.head = None if tied_head else self._table(init(rngs.params(), table.shape, param_dtype))
-    self.groups = nnx.List(_stack_runs(blocks))
+    self.groups = nnx.List([nnx.List(group) for group in _stack(blocks)])
     self.final_norm = final_norm
 
   def init_state(self, batch: int, max_length: int | None = None) -> DecoderState:
     """State before the first token; `max_length` bounds the caches of mixers that have them."""
 
-    def group_state(group):
-      count = _depth(group)
-      one = group.init_state(batch, max_length)
+    def states(block):
+      count = _depth(block)
+      one = block.init_state(batch, max_length)
       return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), one)
 
-    return DecoderState(tuple(group_state(group) for group in self.groups))
+    return DecoderState(tuple(tuple(map(states, group)) for group in self.groups))
+
+  def layers(self) -> list[Block]:
+    """The blocks in their order, each with its own variables (copies)."""
+    found = []
+    for group in self.groups:
+      parts = [nnx.split(block) for block in group]
+      for index in range(_depth(group[0])):
+        for graph, variables in parts:
+          found.append(nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], variables)))
+    return found
 
   def hidden(
     self,
@@ -97,20 +109,8 @@ class DecoderLM(nnx.Module):
       segment_ids=segment_ids, positions=positions, lengths=lengths, deterministic=deterministic
     )
     x = self._embed(tokens)
-    states = (None,) * len(self.groups) if state is None else state.groups
-    new_states = []
-    for group, group_state in zip(self.groups, states, strict=True):
-      graph, variables = nnx.split(group)
-
-      def layer(x, inputs, graph=graph):
-        layer_variables, layer_state = inputs
-        return nnx.merge(graph, layer_variables)(x, state=layer_state, **options)
-
-      if self.remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-      x, group_state = jax.lax.scan(layer, x, (variables, group_state))
-      new_states.append(group_state)
-    return self._final(x), DecoderState(tuple(new_states))
+    x, state = self._run(x, state, lambda block, x, state: block(x, state=state, **options))
+    return self._final(x), state
 
   def __call__(
     self, tokens: Int[Array, "B T"], **options
@@ -142,17 +142,29 @@ class DecoderLM(nnx.Module):
   ) -> tuple[Float[Array, "B V"], DecoderState]:
     """(logits, new state) after one more token per row."""
     x = self._embed(tokens)
+    x, state = self._run(x, state, lambda block, x, state: block.step(x, state), remat="none")
+    return self.logits(self._final(x)), state
+
+  def _run(self, x, state, call, remat=None):
+    """All layers, `call(block, x, state) -> (x, state)` each; (x, their states)."""
+    remat = self.remat if remat is None else remat
     new_states = []
-    for group, group_state in zip(self.groups, state.groups, strict=True):
-      graph, variables = nnx.split(group)
+    for n, group in enumerate(self.groups):
+      parts = [nnx.split(block) for block in group]
+      functions = [_layer(graph, call, remat) for graph, _ in parts]
 
-      def layer(x, inputs, graph=graph):
-        layer_variables, layer_state = inputs
-        return nnx.merge(graph, layer_variables).step(x, layer_state)
+      def turn(x, inputs, functions=functions):
+        states = []
+        for function, (variables, before) in zip(functions, inputs, strict=True):
+          x, after = function(x, variables, before)
+          states.append(after)
+        return x, tuple(states)
 
-      x, group_state = jax.lax.scan(layer, x, (variables, group_state))
-      new_states.append(group_state)
-    return self.logits(self._final(x)), DecoderState(tuple(new_states))
+      before = (None,) * len(parts) if state is None else state.groups[n]
+      inputs = [(variables, old) for (_, variables), old in zip(parts, before, strict=True)]
+      x, after = jax.lax.scan(turn, x, inputs)
+      new_states.append(after)
+    return x, DecoderState(tuple(new_states))
 
   def _embed(self, tokens):
     x = self.embedding[...][tokens].astype(self.residual_dtype)  # [B, T, D] or [B, D]
@@ -178,20 +190,36 @@ class DecoderLM(nnx.Module):
     return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
 
 
-def _stack_runs(blocks: Sequence[Block]) -> list[Block]:
-  """One block per run of blocks of equal structure, its variables stacked on a leading axis."""
-  runs: list[tuple[nnx.GraphDef, list[nnx.State]]] = []
+def _layer(graph, call, remat):
+  """One layer as a function of its variables, recomputed in the backward pass if wanted."""
+
+  def layer(x, variables, state):
+    return call(nnx.merge(graph, variables), x, state)
+
+  if remat == "none":
+    return layer
+  return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+
+def _stack(blocks: Sequence[Block]) -> list[list[Block]]:
+  """Groups of blocks that take turns, the variables of each stacked on a leading axis."""
+  kinds: list[tuple] = []  # what a layer compiles to
+  numbers, variables = [], []
   for block in blocks:
-    graph, variables = nnx.split(block)
-    if runs and runs[-1][0] == graph and _shapes(runs[-1][1][0]) == _shapes(variables):
-      runs[-1][1].append(variables)
-    else:
-      runs.append((graph, [variables]))
-  stacked = []
-  for graph, states in runs:
-    variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    stacked.append(nnx.merge(graph, variables))
-  return stacked
+    graph, own = nnx.split(block)
+    kind = (graph, _shapes(own))
+    if kind not in kinds:
+      kinds.append(kind)
+    numbers.append(kinds.index(kind))
+    variables.append(own)
+  members: dict[tuple[int, int], list[int]] = {}
+  for layer, place in enumerate(layer_places(numbers)):
+    members.setdefault(place[:2], []).append(layer)
+  groups: dict[int, list[Block]] = {}
+  for (group, _), layers in members.items():
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(variables[n] for n in layers))
+    groups.setdefault(group, []).append(nnx.merge(kinds[numbers[layers[0]]][0], stacked))
+  return list(groups.values())
 
 
 def _shapes(variables: nnx.State) -> list[tuple]:

@@ -15,7 +15,9 @@ from .weights import (
   Slot,
   dump_slots,
   find_preset,
-  layer_places,
+  from_heads,
+  into_heads,
+  layer_paths,
   load_slots,
   read_config_json,
   read_tensors,
@@ -203,12 +205,12 @@ def _slots(config: BasedConfig) -> Iterator[Slot]:
   yield Slot(EMBEDDING, (c.vocab_size, d), ("embedding",), (), _same, _same)
   kinds = [c.mixer_of(layer) for layer in range(c.num_layers)]
   makers = dict(conv=_conv_slots, linear=_linear_slots)
-  for layer, (group, index) in enumerate(layer_places(kinds)):
+  for layer, (at, index) in enumerate(layer_paths(kinds)):
     name = f"transformer.layers.{layer}"
 
     def slot(
       published, shape, path, to_ours=_same, to_theirs=_same, part=(), rows=slice(None),
-      name=name, at=("groups", group), index=(index,),
+      name=name, at=at, index=(index,),
     ):  # fmt: skip
       path = (*at, *path)
       return Slot(f"{name}.{published}", shape, path, (*index, *part), to_ours, to_theirs, rows)
@@ -259,15 +261,8 @@ def _heads_slot(slot, published, rows, features, heads, path, *, parts=1, part=(
 
   `part` () takes all parts, (i,) one.
   """
-  lead = (parts,) if part == () else ()
-  return slot(
-    published,
-    (rows, features),
-    path,
-    lambda w: np.moveaxis(w.reshape(*lead, heads, -1, features), -1, -3),
-    lambda w: np.moveaxis(w, -3, -1).reshape(-1, features),
-    part,
-  )
+  conversions = into_heads(heads, parts if part == () else None)
+  return slot(published, (rows, features), path, *conversions, part)
 
 
 def _linear_slots(config: BasedConfig, slot) -> Iterator[Slot]:
@@ -291,13 +286,8 @@ def _attention_slots(config: BasedConfig, slot) -> Iterator[Slot]:
 
 
 def _out_slot(slot, features, heads, width):
-  return slot(
-    "mixer.out_proj.weight",
-    (features, width),
-    ("mixer", "heads_out", "kernel"),
-    lambda w: w.T.reshape(heads, -1, features),
-    lambda w: w.reshape(-1, features).T,
-  )
+  path = ("mixer", "heads_out", "kernel")
+  return slot("mixer.out_proj.weight", (features, width), path, *from_heads(heads))
 
 
 def _same(x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,9 @@ from .weights import (
   Slot,
   dump_slots,
   find_preset,
-  layer_places,
+  from_heads,
+  into_heads,
+  layer_paths,
   load_slots,
   read_config_json,
   read_tensors,
@@ -143,10 +145,9 @@ def _slots(config: TransNormerConfig) -> Iterator[Slot]:
   yield Slot(
     "model.embed_tokens.weight", (c.vocab_size, c.features), ("embedding",), (), _same, _same
   )
-  places = layer_places([c.has_lrpe(layer) for layer in range(c.num_layers)])
-  for layer, (group, index) in enumerate(places):
+  places = layer_paths([c.has_lrpe(layer) for layer in range(c.num_layers)])
+  for layer, (at, index) in enumerate(places):
     name = f"model.layers.{layer}"
-    at = ("groups", group)
 
     def slot(published, shape, path, to_ours=_same, to_theirs=_same, name=name, at=at, index=index):
       return Slot(f"{name}.{published}", shape, (*at, *path), (index,), to_ours, to_theirs)
@@ -155,15 +156,13 @@ def _slots(config: TransNormerConfig) -> Iterator[Slot]:
       "token_mixer.qkvu_proj.weight",
       (4 * c.features, c.features),
       ("mixer", "heads_in", "kernel"),
-      lambda w: w.reshape(4, heads, dim, -1).transpose(0, 3, 1, 2),
-      lambda w: w.transpose(0, 2, 3, 1).reshape(4 * heads * dim, -1),
+      *into_heads(heads, 4),
     )
     yield slot(
       "token_mixer.out_proj.weight",
       (c.features, c.features),
       ("mixer", "heads_out", "kernel"),
-      lambda w: w.T.reshape(heads, dim, -1),
-      lambda w: w.reshape(heads * dim, -1).T,
+      *from_heads(heads),
     )
     if c.has_lrpe(layer):
       yield slot(

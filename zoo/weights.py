@@ -18,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..layers.stacking import layer_places
 from .safetensors_file import read_safetensors
 from .torch_pickle import read_torch_file
+
+
+Conversion = Callable[[np.ndarray], np.ndarray]
 
 
 class Slot(NamedTuple):
@@ -32,13 +36,13 @@ class Slot(NamedTuple):
   shape: tuple[int, ...]
   path: tuple  # of the variable in the model's state
   index: tuple[int, ...]  # of the tensor within the (stacked) variable
-  to_ours: Callable[[np.ndarray], np.ndarray]
-  to_theirs: Callable[[np.ndarray], np.ndarray]
+  to_ours: Conversion
+  to_theirs: Conversion
   rows: slice = slice(None)  # of the published tensor
 
 
 def read_tensors(source: str | os.PathLike | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Name -> array from a mapping, a .safetensors or .bin file, or a folder of either.
+  """Name -> array from a mapping, a .safetensors, .bin or .pth file, or a folder of the first two.
 
   In a folder an index (`*.index.json`) names the shards; without one every weight file is read.
   Arrays of files are mapped: they take no memory of their own until they are used.
@@ -106,25 +110,43 @@ def read_config_json(
   return file, raw
 
 
-def without_head_copy(tensors: Mapping[str, np.ndarray], embedding: str) -> dict[str, np.ndarray]:
-  """Drops `lm_head.weight`, which must be the tensor called `embedding`."""
+def without_head_copy(
+  tensors: Mapping[str, np.ndarray], embedding: str, head: str = "lm_head.weight"
+) -> dict[str, np.ndarray]:
+  """Drops the tensor called `head`, which must be the one called `embedding`."""
   tensors = dict(tensors)
-  head = tensors.pop("lm_head.weight", None)
-  table = tensors.get(embedding)
-  if head is not None and table is not None and not np.array_equal(head, table):
+  copy, table = tensors.pop(head, None), tensors.get(embedding)
+  if copy is not None and table is not None and not np.array_equal(copy, table):
     raise ValueError(
-      f"import_weights: lm_head.weight must equal {embedding}; it differs (the model ties them)"
+      f"import_weights: {head} must equal {embedding}; it differs (the model ties them)"
     )
   return tensors
 
 
-def layer_places(structures: Sequence[Hashable]) -> list[tuple[int, int]]:
-  """(group of stacked layers, index in it) of each layer: runs of equal structure are one group."""
-  places = [(0, 0)]
-  for before, structure in zip(structures, structures[1:], strict=False):
-    group, index = places[-1]
-    places.append((group, index + 1) if structure == before else (group + 1, 0))
-  return places
+def into_heads(heads: int, parts: int | None = None) -> tuple[Conversion, Conversion]:
+  """(to ours, to theirs) of a projection to heads.
+
+  Published [parts heads K, D], part after part and head after head; ours [parts, D, heads, K], or
+  without the first axis where `parts` is None.
+  """
+  lead = () if parts is None else (parts,)
+  return (
+    lambda w: np.moveaxis(w.reshape(*lead, heads, -1, w.shape[-1]), -1, -3),
+    lambda w: np.moveaxis(w, -3, -1).reshape(-1, w.shape[-3]),
+  )
+
+
+def from_heads(heads: int) -> tuple[Conversion, Conversion]:
+  """(to ours, to theirs) of the projection back: published [D, heads V], ours [heads, V, D]."""
+  return (
+    lambda w: w.T.reshape(heads, -1, w.shape[0]),
+    lambda w: w.reshape(-1, w.shape[-1]).T,
+  )
+
+
+def layer_paths(structures: Sequence[Hashable]) -> list[tuple[tuple[str | int, ...], int]]:
+  """(path of the stacked block, index in it) of each layer; equal structures are stacked."""
+  return [(("groups", place.group, place.block), place.index) for place in layer_places(structures)]
 
 
 def load_slots[Model: nnx.Module](
@@ -227,7 +249,8 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     if files := sorted(folder.glob(pattern)):
       return files
   raise FileNotFoundError(
-    f"import_weights: source must hold .safetensors or .bin files; got {folder} (none there)"
+    f"import_weights: source must hold .safetensors or .bin files; got {folder} (none there; of"
+    " .pth files, each a model of its own, name one)"
   )
 
 

@@ -17,7 +17,7 @@ from attnzoo.experiments.training.config import Experiment, MeshConfig
 from attnzoo.experiments.training.optimizers import make_optimizer
 from attnzoo.layers.partitioning import MESH_AXES, parameter_shardings
 
-Params = dict[str, jax.Array]  # path with dots -> array, such as "groups.0.mixer.log_decay"
+Params = dict[str, jax.Array]  # path with dots -> array, such as "groups.0.0.mixer.log_decay"
 
 
 class TrainState(NamedTuple):

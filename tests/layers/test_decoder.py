@@ -16,6 +16,7 @@ from attnzoo.layers import (
   LightningMixerConfig,
   SRMSNorm,
 )
+from attnzoo.layers.stacking import find_groups
 from attnzoo.pallas_kernels.lightning_attention.decay import decay_rates
 
 MIXER = LightningMixerConfig(8, 2, 4, lrpe=True, init_stddev=0.3)
@@ -36,7 +37,7 @@ def test_stacked_layers_are_the_layers_one_after_the_other():
   rngs = nnx.Rngs(0)
   blocks = [block(rngs, lrpe=layer in (0, 3), layer=layer) for layer in range(4)]
   model = DecoderLM(blocks, SRMSNorm(), vocab_size=11, features=8, rngs=rngs)
-  assert [nnx.state(g).mixer.log_decay.get_value().shape[0] for g in model.groups] == [1, 2, 1]
+  assert [nnx.state(g)[0].mixer.log_decay.get_value().shape[0] for g in model.groups] == [1, 2, 1]
   tokens = jnp.asarray([[1, 5, 3, 9, 2]])
   x = model.embedding[...][tokens]
   for one in blocks:
@@ -44,6 +45,57 @@ def test_stacked_layers_are_the_layers_one_after_the_other():
   close(model.hidden(tokens)[0], SRMSNorm()(x))
   logits, _ = model(tokens)
   close(logits, SRMSNorm()(x) @ model.embedding[...].T)
+
+
+def test_fewest_blocks_are_compiled():
+  for pattern, groups in (
+    ("aaaa", [(1, 4)]),
+    ("abab", [(2, 2)]),
+    ("aabaabc", [(3, 2), (1, 1)]),
+    ("abc", [(3, 1)]),
+    ("a" + "bcaaa" * 4 + "bc", [(5, 4), (3, 1)]),
+    ("", []),
+  ):
+    found = find_groups(pattern)
+    assert (sum(p for p, _ in found), len(found)) <= (sum(p for p, _ in groups), len(groups))
+    assert "".join(_layers(pattern, found)) == pattern
+  based = zoo.get_config("based-360m")
+  kinds = [based.mixer_of(layer) for layer in range(based.num_layers)]
+  assert sum(period for period, _ in find_groups(kinds)) == 6
+
+
+def _layers(pattern, groups):
+  """What the groups stand for, written out again."""
+  start = 0
+  for period, repeats in groups:
+    yield pattern[start : start + period] * repeats
+    start += period * repeats
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_pattern_of_layers_is_one_group(remat):
+  rngs = nnx.Rngs(0)
+  blocks = [block(rngs, lrpe=layer % 2 == 0, layer=layer) for layer in range(4)]
+  model = DecoderLM(blocks, SRMSNorm(), vocab_size=11, features=8, remat=remat, rngs=rngs)
+  assert [len(group) for group in model.groups] == [2]
+  tokens = jnp.asarray([[1, 5, 3, 9, 2]])
+  x, states = model.embedding[...][tokens], []
+  for one, same in zip(blocks, model.layers(), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(same))
+    x, state = one(x)
+    states.append(state)
+  hidden, after = model.hidden(tokens)
+  close(hidden, SRMSNorm()(x))
+  for layer, state in enumerate(states):
+    close(after.groups[0][layer % 2].memory[layer // 2], state.memory)
+  logits, _ = model.step(jnp.asarray([7]), after)
+  longer = jnp.asarray([[1, 5, 3, 9, 2, 7]])
+  close(logits, model(longer)[0][:, -1], 2e-5)
+
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  gradient = jax.grad(lambda p: nnx.merge(graph, p, rest).loss(tokens, tokens).loss)(params)
+  for leaf in jax.tree.leaves(gradient):
+    assert np.any(leaf != 0)
 
 
 def test_a_head_of_its_own():

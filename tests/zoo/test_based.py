@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnzoo import zoo
 from attnzoo.experiments.generation import Sampling, generate
+from attnzoo.layers import TaylorState
 from attnzoo.zoo import based, based_weights
 from attnzoo.zoo.based import BasedConfig
 from attnzoo_testing.goldens import golden
@@ -90,9 +91,8 @@ def test_stream_between_the_layers():
   g = golden("based_lm")
   model = based_weights.import_weights(published(g), LM)
   x = model.embedding[...][g["in/input_ids"]]
-  for layer in range(3):  # each is a group of its own
-    graph, variables = nnx.split(model.groups[layer])
-    x, _ = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))(x)
+  for layer, block in enumerate(model.layers()[:3]):
+    x, _ = block(x)
     close(x, g[f"out/layer{layer}_residual"] + g[f"out/layer{layer}_hidden"], 2e-5)
 
 
@@ -188,12 +188,11 @@ def test_residual_stream_is_float32_under_bfloat16():
     model = zoo.build(dataclasses.replace(config, residual_in_float32=wide), nnx.Rngs(0))
     x = model._embed(tokens)
     assert x.dtype == dtype
-    graph, variables = nnx.split(model.groups[0])
-    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], variables))
-    assert jax.eval_shape(block, x)[0].dtype == dtype
+    assert jax.eval_shape(model.layers()[0], x)[0].dtype == dtype
     hidden, state = jax.eval_shape(model.hidden, tokens)
     assert hidden.dtype == jnp.bfloat16
-    assert state.groups[1].memory.dtype == jnp.float32
+    linear = [s for group in state.groups for s in group if isinstance(s, TaylorState)]
+    assert [s.memory.dtype for s in linear] == [jnp.float32]
 
 
 def test_bad_configurations_are_refused():

@@ -27,13 +27,13 @@ def from_golden(g, prefix="param/backbone."):
   query, key, value, out = (named[f"{taylor}.proj_{name}.weight"] for name in "qkvo")
   params = {
     "embedding": named["embeddings.word_embeddings.weight"],
-    "groups__0__mixer__gate_in__kernel": named[f"{conv}.projection.weight"].T[None],
-    "groups__0__mixer__gate_in__bias": named[f"{conv}.projection.bias"][None],
-    "groups__0__mixer__taps": named[f"{conv}.conv.conv.weight"][:, 0].T[None],
-    "groups__0__mixer__bias": named[f"{conv}.conv.conv.bias"][None],
-    "groups__1__mixer__query_key_heads_in__kernel": np.stack([query.T, key.T])[None, :, :, None],
-    "groups__1__mixer__value_heads_in__kernel": value.T[None, None, :, None],
-    "groups__1__mixer__heads_out__kernel": out.T[None, None],
+    "groups__0__0__mixer__gate_in__kernel": named[f"{conv}.projection.weight"].T[None],
+    "groups__0__0__mixer__gate_in__bias": named[f"{conv}.projection.bias"][None],
+    "groups__0__0__mixer__taps": named[f"{conv}.conv.conv.weight"][:, 0].T[None],
+    "groups__0__0__mixer__bias": named[f"{conv}.conv.conv.bias"][None],
+    "groups__0__1__mixer__query_key_heads_in__kernel": np.stack([query.T, key.T])[None, :, :, None],
+    "groups__0__1__mixer__value_heads_in__kernel": value.T[None, None, :, None],
+    "groups__0__1__mixer__heads_out__kernel": out.T[None, None],
     "final_norm__scale": named["ln_f.weight"],
     "final_norm__bias": named["ln_f.bias"],
   }
@@ -41,7 +41,7 @@ def from_golden(g, prefix="param/backbone."):
     for theirs, ours in (("norm1", "mixer_norm"), ("norm2", "feed_forward_norm")):
       for kind, name in (("weight", "scale"), ("bias", "bias")):
         value = named[f"layers.{layer}.{theirs}.{kind}"]
-        params[f"groups__{layer}__{ours}__{name}"] = value[None]
+        params[f"groups__0__{layer}__{ours}__{name}"] = value[None]
   return params
 
 
@@ -102,7 +102,8 @@ def test_state_bytes_are_those_of_the_state():
   for name in ("mqar-based-64-16", "mqar-sliding-16", "mqar-attention-64"):
     config = zoo.get_config(name)
     states = jax.eval_shape(lambda c=config: zoo.build(c, nnx.Rngs(0)).init_state(1, 32))
-    floats = [leaf for leaf in jax.tree.leaves(states.groups[1]) if leaf.dtype == jnp.float32]
+    mixer = states.groups[0][1]  # a convolution and a mixer take turns
+    floats = [leaf for leaf in jax.tree.leaves(mixer) if leaf.dtype == jnp.float32]
     assert sum(4 * leaf.size for leaf in floats) == mqar.state_bytes(config, 32)
 
 

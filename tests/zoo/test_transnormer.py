@@ -160,7 +160,7 @@ def test_bfloat16_activations_keep_float32_parameters_and_state():
   logits, state = model(jnp.zeros((1, 5), jnp.int32))
   assert logits.dtype == jnp.float32
   assert model.embedding[...].dtype == jnp.float32
-  assert state.groups[0].memory.dtype == jnp.float32
+  assert state.groups[0][0].memory.dtype == jnp.float32
 
 
 def test_unknown_names_suggest_the_nearest():
@@ -175,5 +175,5 @@ def test_unknown_names_suggest_the_nearest():
 
 
 def states_by_layer(state):
-  for group in state.groups:
+  for (group,) in state.groups:
     yield from group.memory
