@@ -28,3 +28,38 @@ def pad_length(array: jax.Array, multiple: int, axis: int = 1, value: int = 0) -
   widths = [(0, 0)] * array.ndim
   widths[axis] = (0, short)
   return jnp.pad(array, widths, constant_values=value)
+
+
+def count_seen(
+  segments: Int[Array, "B T"] | None, before: Int[Array, " B"] | None, length: int
+) -> Int[Array, "P T"]:
+  """Tokens of its own document up to and including each token.
+
+  Document 0 had `before` tokens already. P is B, or 1 where all rows are alike.
+  """
+  index = jnp.arange(1, length + 1, dtype=jnp.int32)
+  if segments is None:
+    return index[None] + (0 if before is None else before[:, None])
+  starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+  start = jax.lax.cummax(jnp.where(starts, index - 1, 0), axis=1)
+  return index - start + (0 if before is None else jnp.where(segments == 0, before[:, None], 0))
+
+
+def count_total(
+  segments: Int[Array, "B T"] | None,
+  lengths: Int[Array, " B"] | None,
+  before: Int[Array, " B"] | None,
+  length: int,
+) -> Int[Array, "P T"]:
+  """Real tokens of each token's whole document, at least 1; arguments as `count_seen`."""
+  batch = next((x.shape[0] for x in (segments, lengths, before) if x is not None), 1)
+  real = jnp.full((batch, length), 1, jnp.int32)
+  if lengths is not None:
+    real = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+  if segments is None:
+    total = jnp.sum(real, axis=1, keepdims=True) + (0 if before is None else before[:, None])
+    return jnp.maximum(jnp.broadcast_to(total, real.shape), 1)
+  rows = jnp.arange(batch)[:, None]
+  total = jnp.zeros((batch, length), jnp.int32).at[rows, segments].add(real)[rows, segments]
+  total += 0 if before is None else jnp.where(segments == 0, before[:, None], 0)
+  return jnp.maximum(total, 1)
