@@ -4,10 +4,11 @@
         --tokenizer=tokenizer.json --workdir=runs/tnl-385m --prompt="The weather"
     python -m attnzoo.experiments.generate --workdir=runs/tnl-385m --prompt="The weather"
 
-The source is a folder with shards and their index, or a .bin or .safetensors file. Its sizes are
-those of --model, or of the config.json beside it. Files are mapped, not loaded: memory is needed
-for the parameters once (4 bytes each; 2 with --param_dtype=bfloat16) and for the largest stack of
-matrices, a quarter of them or so, a second time.
+The source is a folder with shards and their index, or a .bin, .pth or .safetensors file. Its sizes
+are those of --model, or of the config.json beside it; checkpoints of RAT have no such file and tell
+which preset they are by their shapes, where those say it. Files are mapped, not loaded: memory is
+needed for the parameters once (4 bytes each; 2 with --param_dtype=bfloat16) and for the largest
+stack of matrices, a quarter of them or so, a second time.
 To train on, use --config=lm:<model> and the same workdir; the optimizer starts anew.
 """
 
@@ -27,8 +28,8 @@ from attnzoo.experiments.training import checkpoints, config, state
 from attnzoo.layers import DecoderLM
 from attnzoo.zoo import models, published
 
-_SOURCE = flags.DEFINE_string("source", "", "Checkpoint: a folder, a .bin or a .safetensors file.")
-_MODEL = flags.DEFINE_string("model", "", "Preset of the zoo; empty = config.json says it.")
+_SOURCE = flags.DEFINE_string("source", "", "A folder, or a .bin, .pth or .safetensors file.")
+_MODEL = flags.DEFINE_string("model", "", "Preset of the zoo; empty = the checkpoint says it.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Its tokenizer.json (or: bytes).")
 _END_TOKEN = flags.DEFINE_string("end_token", "", "Token between documents; empty = usual names.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder to make.")

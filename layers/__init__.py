@@ -5,11 +5,13 @@ from .attention_mixer import AttentionMixer, AttentionMixerConfig, AttentionStat
 from .base_conv import BaseConv, BaseConvConfig, ProjectedConv
 from .block import Block
 from .decoder import DecoderLM, DecoderState
-from .feed_forward import GatedLinearUnit, Identity
+from .feed_forward import FeedForward, GatedLinearUnit, Identity
 from .lightning_mixer import LightningMixer, LightningMixerConfig, LightningState
 from .losses import LossSums, chunked_cross_entropy
 from .norms import LayerNorm, RMSNorm, SRMSNorm, srms_norm
 from .positions import LRPE, lrpe, rotary
+from .rat_mixer import RatMixer, RatMixerConfig
+from .recurrent_mixer import RecurrentMixer, RecurrentMixerConfig, RecurrentState
 from .taylor_mixer import TaylorMixer, TaylorMixerConfig, TaylorState
 from .variables import Constant
 
@@ -24,6 +26,7 @@ __all__ = [
   "Constant",
   "DecoderLM",
   "DecoderState",
+  "FeedForward",
   "GatedLinearUnit",
   "Identity",
   "LayerNorm",
@@ -33,6 +36,11 @@ __all__ = [
   "LossSums",
   "ProjectedConv",
   "RMSNorm",
+  "RatMixer",
+  "RatMixerConfig",
+  "RecurrentMixer",
+  "RecurrentMixerConfig",
+  "RecurrentState",
   "SRMSNorm",
   "TaylorMixer",
   "TaylorMixerConfig",

@@ -43,6 +43,33 @@ class GatedLinearUnit(nnx.Module):
     return self.down(hidden)
 
 
+class FeedForward(nnx.Module):
+  """y = f(x W_1) W_2. With f = "gelu" (the exact one, by erf) the feed-forward of RAT."""
+
+  def __init__(
+    self,
+    features: int,
+    hidden: int,
+    *,
+    activation: str = "gelu",
+    use_bias: bool = False,
+    init: nnx.Initializer,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.activation = activation
+    kwargs = dict(use_bias=use_bias, init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = dense(features, hidden, ("embed", "mlp"), **kwargs)
+    self.fc2 = dense(hidden, features, ("mlp", "embed"), **kwargs)
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    hidden = activation(self.activation)(self.fc1(x))
+    if hidden.ndim == 3:
+      hidden = constrain(hidden, "batch", "length", "mlp")
+    return self.fc2(hidden)
+
+
 class Identity(nnx.Module):
   """Stands for a channel mixer where there is none; the block adds its normalised input still."""
 

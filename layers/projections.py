@@ -12,7 +12,8 @@ class HeadsIn(nnx.Module):
   """Several projections [B, T, D] -> [B, T, H, K] of the same input, kept as one parameter.
 
   The parts are the leading axis of the kernel [parts, D, H, K]: each is a contiguous matrix, and
-  splitting the heads over devices splits every part alike.
+  splitting the heads over devices splits every part alike. `heads_axis` is the logical name of H;
+  None keeps the heads whole on every device, for projections that all of them need.
   """
 
   def __init__(
@@ -27,13 +28,14 @@ class HeadsIn(nnx.Module):
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
+    heads_axis: str | None = "heads",
   ):
     self.dtype = dtype
     shape = (parts, features, heads, head_dim)
     kernel = init(rngs.params(), shape, param_dtype)
-    self.kernel = nnx.Param(kernel, **logical(None, "embed", "heads", None))
+    self.kernel = nnx.Param(kernel, **logical(None, "embed", heads_axis, None))
     bias = jnp.zeros((parts, heads, head_dim), param_dtype)
-    self.bias = nnx.Param(bias, **logical(None, "heads", None)) if use_bias else None
+    self.bias = nnx.Param(bias, **logical(None, heads_axis, None)) if use_bias else None
 
   def __call__(self, x: Float[Array, "*B D"]) -> list[Float[Array, "*B H K"]]:
     kernel = self.kernel[...].astype(self.dtype)

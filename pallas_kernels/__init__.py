@@ -5,6 +5,9 @@ from .lightning_attention import (
   lightning_attention_step,
   sharded_lightning_attention,
 )
+from .rat_attention import RatState, rat_attention, rat_attention_step, sharded_rat_attention
+from .rat_attention import empty_state as empty_rat_state
+from .rat_attention.recurrence import linear_recurrence
 from .sliding_window_attention import (
   WindowState,
   empty_window,
@@ -28,13 +31,19 @@ from .taylor_attention import (
 
 __all__ = [
   "CacheState",
+  "RatState",
   "WindowState",
   "empty_cache",
+  "empty_rat_state",
   "empty_window",
   "left_keys",
   "lightning_attention",
   "lightning_attention_step",
+  "linear_recurrence",
+  "rat_attention",
+  "rat_attention_step",
   "sharded_lightning_attention",
+  "sharded_rat_attention",
   "sharded_sliding_window_attention",
   "sharded_softmax_attention",
   "sharded_taylor_attention",

@@ -1,8 +1,9 @@
-"""Checks shared by the operators that are split over a device mesh."""
+"""What the operators that are split over a device mesh share: checks, and the call itself."""
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -48,3 +49,18 @@ def check_mesh(
     if size % count:
       fail(function, what, f"be divisible by the {count} devices along {axes}", size,
            f"pad it, or change {argument}")  # fmt: skip
+
+
+def run_on_mesh(
+  local: Callable, mesh: Mesh, arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any
+) -> Any:
+  """`local(arrays)` on every device, each with its part; arrays that are None are left out."""
+  given = {name: array for name, array in arrays.items() if array is not None}
+  # check_vma: kernels do not declare over which mesh axes their results vary.
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=({name: specs[name] for name in given},),
+    out_specs=out_specs,
+    check_vma=False,
+  )(given)

@@ -3,11 +3,13 @@
 from .based import BasedConfig
 from .models import build, create, get_config, list_models
 from .mqar import MQARConfig
+from .rat import RatConfig
 from .transnormer import TransNormerConfig
 
 __all__ = [
   "BasedConfig",
   "MQARConfig",
+  "RatConfig",
   "TransNormerConfig",
   "build",
   "create",

@@ -7,22 +7,28 @@ from types import ModuleType
 import numpy as np
 
 from ..layers import DecoderLM
-from . import based_weights, models, transnormer_weights
-from .weights import find_preset, read_config_json
+from . import based_weights, models, rat_weights, transnormer_weights
+from .weights import find_preset, read_config_json, read_tensors
 
-# Family -> its weight layout, and a field of config.json that no other family has.
-_LAYOUTS: dict[str, tuple[ModuleType, str]] = {
-  "transnormer": (transnormer_weights, "decoder_embed_dim"),
-  "based": (based_weights, "n_embd"),
+# Family -> its weight layout.
+_LAYOUTS: dict[str, ModuleType] = {
+  "transnormer": transnormer_weights,
+  "based": based_weights,
+  "rat": rat_weights,
 }
+# A field of config.json that no other family has -> the layout. RAT's checkpoints have none beside.
+_FIELDS = {"decoder_embed_dim": transnormer_weights, "n_embd": based_weights}
 
 
 def find_config(source: str | os.PathLike, preset: str | None = None):
   """The configuration of a checkpoint: that of a preset, or what its `config.json` says.
 
+  Checkpoints of RAT have no such file, and are known by the names of their tensors.
+
   Raises:
-    FileNotFoundError: no such file or folder, or no config.json where no preset is given.
-    ValueError: a preset that was not published, or a config.json of an unknown model.
+    FileNotFoundError: no such file or folder, or no config.json where it is needed.
+    ValueError: a preset that was not published, a config.json of an unknown model, or a checkpoint
+      that does not say enough.
   """
   if preset:
     family = models.family_of(models.get_config(preset))
@@ -32,11 +38,17 @@ def find_config(source: str | os.PathLike, preset: str | None = None):
         " published"
       )
     return find_preset(preset, models.module_of(family))
-  file, raw = read_config_json(source)
-  for layout, field in _LAYOUTS.values():
+  try:
+    file, raw = read_config_json(source)
+  except FileNotFoundError:
+    tensors = rat_weights.weights_alone(read_tensors(source))
+    if rat_weights.EMBEDDING in tensors:
+      return rat_weights.config_of(tensors)
+    raise
+  for field, layout in _FIELDS.items():
     if field in raw:
       return layout.config_beside(source)
-  fields = " or ".join(field for _, field in _LAYOUTS.values())
+  fields = " or ".join(_FIELDS)
   raise ValueError(
     f"import_weights: {file} must be that of a model of the zoo, with a field {fields} (for other"
     " files name a preset)"
@@ -45,5 +57,4 @@ def find_config(source: str | os.PathLike, preset: str | None = None):
 
 def import_weights(source: str | os.PathLike | Mapping[str, np.ndarray], config) -> DecoderLM:
   """The model of a configuration of any family with the weights of `source`."""
-  layout, _ = _LAYOUTS[models.family_of(config)]
-  return layout.import_weights(source, config)
+  return _LAYOUTS[models.family_of(config)].import_weights(source, config)

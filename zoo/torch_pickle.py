@@ -26,6 +26,8 @@ _DTYPES = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+# Where trainers put the state dict among other things.
+_INNER = ("state_dict", "task")
 # What the parts of a damaged archive or pickle raise.
 _DAMAGE = (
   zipfile.BadZipFile,
@@ -41,6 +43,9 @@ _DAMAGE = (
 
 def read_torch_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """The state dict of a `torch.save` file as read-only numpy arrays mapped from the file.
+
+  The file is the state dict, or has it under "state_dict" or "task". No class is made that the file
+  names: of the configurations that some trainers save, `EasyDict`s are read as plain dictionaries.
 
   Raises:
     ValueError: not a zip-format torch file, a damaged one, or one that holds more than plain
@@ -64,7 +69,8 @@ def read_torch_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(
       f"import_weights: {path} must be an intact PyTorch file of plain tensors; {error}"
     ) from error
-  contents = contents.get("state_dict", contents) if isinstance(contents, dict) else contents
+  for key in _INNER:
+    contents = contents.get(key, contents) if isinstance(contents, dict) else contents
   if not isinstance(contents, dict) or not contents:
     raise ValueError(
       f"import_weights: {path} must hold a mapping of names to tensors; got"
@@ -80,6 +86,13 @@ class _Storage:
     self.dtype = _DTYPES[name]
 
 
+class _PlainDict(dict):
+  """Stands for a dictionary with attributes; only its items are kept."""
+
+  def __setstate__(self, state) -> None:
+    pass
+
+
 class _TensorUnpickler(pickle.Unpickler):
   def __init__(self, stream, archive: zipfile.ZipFile, path: pathlib.Path, root: str):
     super().__init__(stream)
@@ -92,7 +105,11 @@ class _TensorUnpickler(pickle.Unpickler):
       return _tensor if name == "_rebuild_tensor_v2" else _parameter
     if module == "torch" and name in _DTYPES:
       return _Storage(name)
-    raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
+    if (module, name) == ("easydict", "EasyDict"):
+      return _PlainDict
+    raise pickle.UnpicklingError(
+      f"it refers to {module}.{name}, which is not allowed (save the state dict alone)"
+    )
 
   def persistent_load(self, reference):
     kind, storage, key, _, count = reference

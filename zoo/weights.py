@@ -22,7 +22,6 @@ from ..layers.stacking import layer_places
 from .safetensors_file import read_safetensors
 from .torch_pickle import read_torch_file
 
-
 Conversion = Callable[[np.ndarray], np.ndarray]
 
 

@@ -70,7 +70,7 @@ def rat_attention(
   """
   check_arguments(NAME, query, key, value, gate_logits, gate_bias, output_logits, chunk_size,
                   rotary_base, segment_ids, lengths, initial_state, implementation)  # fmt: skip
-  implementation = implementation or _choose(value)
+  implementation = implementation or _choose(query, value, initial_state, segment_ids, chunk_size)
   segments = None if segment_ids is None else run_index(segment_ids)
   tokens = (query, key, value, gate_logits, gate_bias, output_logits)
   options = (initial_state, segments, lengths, chunk_size, rotary_base)
@@ -89,13 +89,17 @@ def rat_attention(
   return rat_attention_triton(*tokens, *options)
 
 
-def _choose(value) -> str:
+def _choose(query, value, initial_state, segment_ids, chunk_size) -> str:
   """The kernel of the platform where it takes these arguments, else the portable path."""
   platform = compat.target_platform()
-  if platform == "tpu" and value.dtype in (jnp.float32, jnp.bfloat16):
-    return "tpu"
+  if platform == "tpu":
+    from .tpu_vjp import fits
+
+    return "tpu" if fits(query, value, initial_state, segment_ids, chunk_size) else "xla"
   if platform == "cuda" and compat.has_jax_triton() and value.dtype != jnp.float64:
-    return "triton"
+    from .triton import takes
+
+    return "triton" if takes(NAME, value.shape[3]) else "xla"
   return "xla"
 
 

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from ..segments import count_seen
 
 
 class RatState(NamedTuple):
@@ -45,14 +46,7 @@ def find_places(
   segments: Int[Array, "B T"] | None, position: Int[Array, " B"], length: int, chunk_size: int
 ) -> Places:
   """Places of the tokens of rows whose document 0 already has `position` tokens."""
-  t = jnp.arange(length)
-  if segments is None:
-    index = position[:, None] + t  # [B, T] in the document
-    start = jnp.zeros_like(index)
-  else:
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(starts, t, 0), axis=1)  # of the document, in the row
-    index = t - start + jnp.where(segments == 0, position[:, None], 0)
+  index = count_seen(segments, position, length) - 1  # [B, T], in the document
   row = index % chunk_size
   finished = jnp.cumsum(row == chunk_size - 1, axis=1) - (row == chunk_size - 1)  # before t
   before = (position // chunk_size)[:, None]

@@ -6,6 +6,8 @@ row's finished chunks are gathered into its slots, behind those of the state (`s
 Time is linear in T but for the softmax, T^2 / L; memory is linear.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -28,31 +30,28 @@ def rat_attention_xla(
   lengths: Int[Array, " B"] | None,
   chunk_size: int,
   rotary_base: float | None,
+  attend: Callable = attend,
 ) -> tuple[Float[Array, "B T H K"], RatState]:
-  """Output and final state; the arguments are those of `rat_attention_reference`."""
+  """Output and final state; the arguments are those of `rat_attention_reference`.
+
+  attend: the softmax, with arguments and result of `attend.attend`.
+  """
   batch, length, heads, dim = value.shape
   wide = jnp.promote_types(value.dtype, jnp.float32)
   aligned = segments is None and initial_state is None
   position = jnp.zeros((batch,), jnp.int32) if aligned else _position(initial_state, batch)
   places = find_places(segments, position, length, chunk_size)
-  gate = jax.nn.sigmoid(gate_logits.astype(wide) + gate_bias.astype(wide))  # [B, T, H, K]
-  kept = jnp.where((places.row == 0)[..., None, None], 0, gate)
-  tile = (1, 1, heads // query.shape[2], 1)  # head h has the query and key of group h mod G
-  running = []
-  for name, x in (("running_key", jnp.tile(key, tile)), ("running_value", value)):
-    added = (1 - gate) * x
-    if initial_state is not None:  # enters as if it were part of the first token
-      added = added.at[:, 0].add(kept[:, 0] * getattr(initial_state, name))
-    running.append(linear_recurrence(kept, added, chunk_size if aligned else None))
+  kept, added = recurrence_terms(key, value, gate_logits, gate_bias, places.row)
+  running = run_recurrences(kept, added, initial_state, chunk_size if aligned else None)
   running_key, running_value = running
 
   turn = rotary_tables(places.chunk[..., None], dim, rotary_base, wide)  # [B, T, 1, K / 2]
   rotated = rotate(running_key, turn)
-  query = jnp.tile(query, tile)
+  query = jnp.tile(query, (1, 1, heads // query.shape[2], 1))
   own_score = dim**-0.5 * jnp.sum(query * running_key, -1)  # the same turn of both cancels
   scaled = (dim**-0.5 * rotate(query.astype(wide), turn)).astype(value.dtype)
   summaries = [
-    _summaries(x.astype(value.dtype), old, places, chunk_size, aligned)
+    summaries_in_slots(x.astype(value.dtype), old, places, chunk_size, aligned)
     for x, old in zip((rotated, running_value), _old(initial_state), strict=True)
   ]
   output = attend(scaled, *summaries, own_score, running_value, places.first, places.own)
@@ -66,6 +65,26 @@ def rat_attention_xla(
   return output.astype(value.dtype), state
 
 
+def recurrence_terms(key, value, gate_logits, gate_bias, row):
+  """(factors [B, T, H, K] of the running sums, (what is added to k~, to v~)); `row` in the chunk.
+
+  Float32 or wider. Head h has the key of group h mod G.
+  """
+  wide = jnp.promote_types(value.dtype, jnp.float32)
+  gate = jax.nn.sigmoid(gate_logits.astype(wide) + gate_bias.astype(wide))
+  kept = jnp.where((row == 0)[..., None, None], 0, gate)
+  key = jnp.tile(key, (1, 1, value.shape[2] // key.shape[2], 1))
+  return kept, ((1 - gate) * key, (1 - gate) * value)
+
+
+def run_recurrences(kept, added, state: RatState | None, period: int | None = None):
+  """[k~, v~], each [B, T, H, K]; the state's sums enter as if they were part of the first token."""
+  if state is not None:
+    sums = (state.running_key, state.running_value)
+    added = [x.at[:, 0].add(kept[:, 0] * old) for x, old in zip(added, sums, strict=True)]
+  return [linear_recurrence(kept, x, period) for x in added]
+
+
 def _position(state, batch):
   return jnp.zeros((batch,), jnp.int32) if state is None else state.position
 
@@ -74,7 +93,7 @@ def _old(state):
   return (None, None) if state is None else (state.key, state.value)
 
 
-def _summaries(x, old, places: Places, chunk_size, aligned):
+def summaries_in_slots(x, old, places: Places, chunk_size, aligned=False):
   """[B, S, H, K]: what the state has, then the last row of every chunk that is finished here."""
   batch, length = x.shape[:2]
   if aligned:

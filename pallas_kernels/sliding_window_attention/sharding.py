@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ..mesh import Mesh, axis_names, check_mesh
+from ..mesh import Mesh, axis_names, check_mesh, run_on_mesh
 from ..state_passing import locate
 from .api import check_arguments, sliding_window_attention
 from .window import WindowState, empty_window, oldest_first
@@ -97,15 +97,7 @@ def over_mesh(
   states = state_type(store, store, PartitionSpec(batch))
   specs = dict(query=tokens, key=tokens, value=tokens, lengths=PartitionSpec(batch),
                segment_ids=PartitionSpec(batch, sequence_axis), initial_state=states)  # fmt: skip
-  given = {name: array for name, array in arrays.items() if array is not None}
-  # check_vma: kernels do not declare over which mesh axes their results vary.
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=({name: specs[name] for name in given},),
-    out_specs=(tokens, states),
-    check_vma=False,
-  )(given)
+  return run_on_mesh(local, mesh, arrays, specs, (tokens, states))
 
 
 def _local(inputs, options, axis):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ..dots import einsum_f32
-from ..mesh import Mesh, axis_names, check_mesh
+from ..mesh import Mesh, axis_names, check_mesh, run_on_mesh
 from ..segments import pad_length
 from ..state_passing import run_sequence_shard
 from .api import check_arguments, state_shape, taylor_attention
@@ -76,7 +76,6 @@ def sharded_taylor_attention(
   specs = dict(query=tokens, key=tokens, value=tokens, log_decay=PartitionSpec(heads),
                segment_ids=PartitionSpec(batch, sequence_axis), lengths=PartitionSpec(batch),
                initial_state=states)  # fmt: skip
-  given = {name: array for name, array in arrays.items() if array is not None}
   options = dict(
     normalize=normalize, chunk_size=chunk_size, implementation=implementation, interpret=interpret
   )
@@ -86,14 +85,7 @@ def sharded_taylor_attention(
       return taylor_attention(**inputs, **options)
     return _sequence_shard(inputs, sequence_axis, mesh.shape[sequence_axis], options)
 
-  # check_vma: kernels do not declare over which mesh axes their results vary.
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=({name: specs[name] for name in given},),
-    out_specs=(tokens, states),
-    check_vma=False,
-  )(given)
+  return run_on_mesh(local, mesh, arrays, specs, (tokens, states))
 
 
 def _sequence_shard(inputs, axis, count, options):
