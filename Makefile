@@ -31,11 +31,11 @@ comma := ,
 DEVICE := $(if $(findstring cuda,$(JAX_PLATFORMS)),$(comma)cuda)$(if $(findstring tpu,$(JAX_PLATFORMS)),$(comma)tpu)
 PYTEST := $(PY) -m pytest --durations=15
 .DEFAULT_GOAL := help
-.PHONY: help train train-long recall test test-fast test-gpu bench bench-gpu numerics lint format clean
+.PHONY: help train train-long recall length-speed length-generalisation test test-fast test-gpu bench bench-gpu numerics lint format clean
 
 help: ## print this list
 	@echo "attnzoo (jax platform here: $(JAX_PLATFORMS))"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' Makefile
 
 train: ## set up and train a small model for a few minutes; again: go on with it
 	@.ci/set-up data$(DEVICE)
@@ -48,6 +48,14 @@ train-long: ## a larger model on the same text, about a quarter of an hour on 2 
 recall: ## train small models on a recall task and draw recall against state size
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.recall_sweep $(ARGS)
+
+length-speed: ## time one layer of RAT, of attention and of a recurrence against the length
+	@.ci/set-up data$(DEVICE)
+	$(PY) -m attnzoo.experiments.length_speed $(ARGS)
+
+length-generalisation: ## train small models on short rows, measure their loss on longer ones
+	@.ci/set-up data$(DEVICE)
+	$(PY) -m attnzoo.experiments.length_generalisation $(ARGS)
 
 test: ## set up and run every test that needs no GPU
 	@.ci/set-up test

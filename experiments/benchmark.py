@@ -6,10 +6,12 @@
 
 All candidates of a case run in turn in one process, so that a busy machine disturbs them alike; the
 table has medians with the 20th and 80th percentile. forward_backward differentiates by query, key
-and value (the decay of the released models is a constant). GB/s and GFLOP/s divide the operator's
-least traffic and its own operations by the time, for whoever computes the same function. The error
-is relative to the definition in float64; the oracle stores a state per token, so it is measured on
-a case cut to one row, one head and at most 1024 tokens, which the column "of" spells out.
+and value (the decay of the released models is a constant), and by RAT's gates. A step updates its
+state in place; where its cost depends on the position, that is the length of the case. GB/s and
+GFLOP/s divide the operator's least traffic and its own operations by the time, for whoever computes
+the same function. The error is relative to the definition in float64; the oracle stores a state per
+token, so it is measured on a case cut to one row, one head and at most 1024 tokens, which the
+column "of" spells out.
 """
 
 import dataclasses
@@ -32,7 +34,6 @@ from attnzoo.pallas_kernels.cases import tagged
 
 PASSES = ("forward", "forward_backward", "step")
 DTYPES = ("float32", "bfloat16")
-TOKENS = ("query", "key", "value")  # what forward_backward differentiates by
 FLAGS = flags.FLAGS
 
 
@@ -177,9 +178,7 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
 def own_candidates(session, inputs, static, pass_name):
   operator = session.operator
   if pass_name == "step":
-    arguments = jax.device_put(operator.step_inputs(inputs, **static))
-    step = jax.jit(functools.partial(operator.step, **static))
-    yield "step", lambda: jax.block_until_ready(step(*arguments))
+    yield "step", own_step(operator, inputs, static)
     return
   cotangent = jax.device_put(random_cotangents(operator, inputs, static))
   inputs = jax.device_put(inputs)
@@ -188,12 +187,26 @@ def own_candidates(session, inputs, static, pass_name):
       run = operators.forward(operator, implementation=name, **static)
       yield name, lambda run=run: jax.block_until_ready(run(inputs))
     else:
-      run = operators.forward_backward(operator, wrt(inputs), implementation=name, **static)
+      by = wrt(operator, inputs)
+      run = operators.forward_backward(operator, by, implementation=name, **static)
       yield name, lambda run=run: jax.block_until_ready(run(inputs, cotangent))
 
 
-def wrt(inputs):
-  return tuple(name for name in operators.differentiable(inputs) if name in TOKENS)
+def own_step(operator, inputs, static):
+  """Runs one step more of the same token each time it is called, as decoding does."""
+  *token, state = jax.device_put(operator.step_inputs(inputs, **static))
+  step = jax.jit(functools.partial(operator.step, **static), donate_argnums=len(token))
+
+  def run():
+    nonlocal state
+    output, state = jax.block_until_ready(step(*token, state))
+    return output
+
+  return run
+
+
+def wrt(operator, inputs):
+  return tuple(name for name in operators.differentiable(inputs) if name in operator.wrt)
 
 
 def random_cotangents(operator, inputs, static):
@@ -246,29 +259,34 @@ def own_results(session, inputs, static, pass_name, by) -> dict[str, np.ndarray]
   operator = session.operator
   if pass_name == "step":
     step = jax.jit(functools.partial(operator.step, **static))
-    results = step(*operator.step_inputs(inputs, **static))
-    return dict(zip(("output", "state"), jax.device_get(results), strict=True))
+    return step_results(step(*operator.step_inputs(inputs, **static)))
   if pass_name == "forward":
     results, gradients = operators.forward(operator, implementation=by, **static)(inputs), {}
   else:
-    run = operators.forward_backward(operator, wrt(inputs), implementation=by, **static)
+    run = operators.forward_backward(operator, wrt(operator, inputs), implementation=by, **static)
     results, gradients = run(inputs, random_cotangents(operator, inputs, static))
   results = jax.device_get((dict(zip(operator.results, results, strict=True)), gradients))
   return results[0] | {f"d_{name}": gradient for name, gradient in results[1].items()}
+
+
+def step_results(results) -> dict[str, np.ndarray]:
+  """The output and every array of the state: "state", or "state.key" and so on."""
+  output, state = jax.device_get(results)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {"output": output} | {f"state{jax.tree_util.keystr(p)}": leaf for p, leaf in leaves}
 
 
 def truth(session, inputs, static, pass_name) -> dict[str, np.ndarray]:
   """The same arrays from float64 arithmetic on the CPU."""
 
   def wide(x):
-    whole = x is None or np.issubdtype(x.dtype, np.integer)
-    return x if whole else np.asarray(x, np.float64)
+    return x if np.issubdtype(x.dtype, np.integer) else np.asarray(x, np.float64)
 
   with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
     if pass_name == "step":
-      arguments = map(wide, session.operator.step_inputs(inputs, **static))
-      results = jax.jit(functools.partial(session.operator.step, **static))(*arguments)
-      return dict(zip(("output", "state"), jax.device_get(results), strict=True))
+      arguments = jax.tree.map(wide, session.operator.step_inputs(inputs, **static))
+      step = jax.jit(functools.partial(session.operator.step, **static))
+      return step_results(step(*arguments))
     floats = {name: wide(inputs[name]) for name in operators.differentiable(inputs)}
     return own_results(session, {**inputs, **floats}, static, pass_name, "reference")
 

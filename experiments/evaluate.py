@@ -33,7 +33,8 @@ def main(_) -> None:
   run = runs.load(_WORKDIR.value, _STEP.value)
   data = run.experiment.data
   if _DATA_PATH.value:
-    data = dataclasses.replace(data, source="auto", path=_DATA_PATH.value, validation_path="")
+    source = "sft" if data.source == "sft" else "auto"  # prompts with answers are no text
+    data = dataclasses.replace(data, source=source, path=_DATA_PATH.value, validation_path="")
   if _TOKENIZER.value:
     data = dataclasses.replace(data, tokenizer=_TOKENIZER.value)
   if _LENGTH.value:

@@ -35,9 +35,10 @@ def main(_) -> None:
   texts = _prompts()
   run = runs.load(_WORKDIR.value, _STEP.value)
   tokenizer = runs.the_tokenizer(run, _TOKENIZER.value)
+  opening = runs.opening(run.experiment.data, tokenizer)
   drawn = generate(
     state.merge(run.parts, run.params),
-    [[tokenizer.end_id, *tokenizer.encode(text).tolist()] for text in texts],
+    [opening + tokenizer.encode(text).tolist() for text in texts],
     max_new_tokens=_TOKENS.value,
     sampling=sampling,
     seed=_SEED.value,

@@ -2,11 +2,12 @@
 
   python -m attnzoo.experiments.numerics --out=numerics.md
 
-Each number is the RMS error over the RMS of the truth, the worst over the operator's "ci" cases,
-for every result and every gradient. Inputs are rounded to the dtype first and the truth is computed
-from the rounded ones, so the errors are those of the arithmetic alone. "reference" in float32 or
-bfloat16 is the definition itself at that precision: what a token-by-token loop would lose. The TPU
-kernels run in their interpreter where there is no TPU, with the float32 arithmetic of the host.
+Each number is the RMS error over the RMS of the truth (where that is 0: the RMS error), the worst
+over the operator's "ci" cases, for every result and every gradient. Inputs are rounded to the dtype
+first and the truth is computed from the rounded ones, so the errors are those of the arithmetic
+alone. "reference" in float32 or bfloat16 is the definition itself at that precision: what a
+token-by-token loop would lose. The TPU kernels run in their interpreter where there is no TPU, with
+the float32 arithmetic of the host.
 """
 
 import json

@@ -13,6 +13,7 @@ from attnzoo.experiments.benchmarking import peers
 from attnzoo.pallas_kernels import (
   lightning_attention,
   lightning_attention_step,
+  rat_attention_step,
   sliding_window_attention_step,
   taylor_attention,
   taylor_attention_step,
@@ -20,6 +21,8 @@ from attnzoo.pallas_kernels import (
 from attnzoo.pallas_kernels.cases import Case
 from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
 from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
+from attnzoo.pallas_kernels.rat_attention import RatState
+from attnzoo.pallas_kernels.rat_attention import cases as rat_cases
 from attnzoo.pallas_kernels.sliding_window_attention import WindowState
 from attnzoo.pallas_kernels.sliding_window_attention import cases as window_cases
 from attnzoo.pallas_kernels.sliding_window_attention.xla import DEFAULT_CHUNK as WINDOW_CHUNK
@@ -37,10 +40,11 @@ class Operator:
 
   `function(**inputs, **options)` returns the arrays named in `results`; "reference" is the
   implementation that defines it and is run in float64 for the truth. `step` takes what
-  `step_inputs(inputs, **static options)` returns, and the static options, and returns (output,
-  state). `cases` is the module with CASES, make_inputs(case, dtype), static_options(case),
-  flops(case, chunk, backward) and minimum_bytes(case, dtype, backward); `step_cost(case, dtype)`
-  gives (FLOPs, bytes) of one step.
+  `step_inputs(inputs, **static options)` returns, the state last, and the static options, and
+  returns (output, state). `cases` is the module with CASES, make_inputs(case, dtype),
+  static_options(case), flops(case, chunk, backward) and minimum_bytes(case, dtype, backward);
+  `step_cost(case, dtype)` gives (FLOPs, bytes) of one step. `wrt`: the inputs by which a timed
+  backward differentiates.
   """
 
   name: str
@@ -52,6 +56,7 @@ class Operator:
   step_inputs: Callable[..., tuple]
   step_cost: Callable[[Case, np.dtype], tuple[int, int]]
   peers: tuple[peers.Peer, ...]
+  wrt: tuple[str, ...] = ("query", "key", "value")
   kernels: Mapping[str, str] = types.MappingProxyType({"tpu": "tpu", "cuda": "triton"})
 
 
@@ -83,12 +88,6 @@ def _taylor_step_cost(case, dtype):
   return 4 * heads * state, heads * (8 * state + np.dtype(dtype).itemsize * (2 * f + 2 * v))
 
 
-def _window_step(query, key, value, stored_key, stored_value, count, *, left):
-  state = WindowState(stored_key, stored_value, count)
-  output, state = sliding_window_attention_step(query, key, value, state, left=left)
-  return output, state.key
-
-
 def _window_step_inputs(inputs, left):
   """The first token of each row, and a full ring."""
   tokens = [inputs[name][:, 0] for name in ("query", "key", "value")]
@@ -96,7 +95,8 @@ def _window_step_inputs(inputs, left):
   for x in tokens[1:]:
     shape = (x.shape[0], left, *x.shape[1:])
     rings.append(rng.standard_normal(shape).astype(x.dtype))
-  return *tokens, *rings, np.full(len(tokens[0]), 10 * left, np.int32)
+  key, value = rings
+  return *tokens, WindowState(key, value, np.full(len(tokens[0]), 10 * left, np.int32))
 
 
 def _window_step_cost(case, dtype):
@@ -104,6 +104,29 @@ def _window_step_cost(case, dtype):
   rows, seen, dims = size["batch"], size["left"] + 1, size["key_dim"] + size["value_dim"]
   width = np.dtype(dtype).itemsize
   return 2 * rows * size["heads"] * seen * dims, rows * size["kv_heads"] * seen * dims * width
+
+
+def _rat_step_inputs(inputs, chunk_size, rotary_base):
+  """The first token of each row, and a state of as many tokens as the case is long."""
+  del rotary_base
+  names = ("query", "key", "value", "gate_logits", "gate_bias", "output_logits")
+  tokens = [x if (x := inputs.get(n)) is None or n == "gate_bias" else x[:, 0] for n in names]
+  batch, length, heads, dim = inputs["value"].shape
+  rng, dtype = np.random.default_rng(7), inputs["value"].dtype
+  slots = length // chunk_size + 4  # with some for the tokens to come
+  key, value = rng.standard_normal((2, batch, slots, heads, dim)).astype(dtype)
+  running_key, running_value = rng.standard_normal((2, batch, heads, dim)).astype(np.float32)
+  position = np.full(batch, length, np.int32)
+  return *tokens, RatState(key, value, running_key, running_value, position)
+
+
+def _rat_step_cost(case, dtype):
+  size, width = case.sizes, np.dtype(dtype).itemsize
+  heads, seen = size["heads"], size["length"] // size["chunk"]
+  channels = size["batch"] * size["key_dim"]
+  tokens = 4 * heads + 2 * size["kv_heads"]  # value, gates and output; query and key
+  traffic = 2 * heads * seen * width + tokens * width + 16 * heads  # running sums in and out
+  return channels * heads * (4 * seen + 12), channels * traffic
 
 
 OPERATORS = {
@@ -148,11 +171,23 @@ OPERATORS = {
       results=("output", "stored_key", "stored_value"),
       cases=window_cases,
       chunk_size=WINDOW_CHUNK,
-      step=_window_step,
+      step=sliding_window_attention_step,
       step_inputs=_window_step_inputs,
       step_cost=_window_step_cost,
       peers=(peers.TORCH_SOFTMAX, peers.CUDNN_SOFTMAX),
       kernels=types.MappingProxyType({"tpu": "tpu", "cuda": "cudnn"}),
+    ),
+    Operator(
+      name="rat_attention",
+      function=rat_cases.operator,
+      results=rat_cases.RESULTS,
+      cases=rat_cases,
+      chunk_size=16,
+      step=rat_attention_step,
+      step_inputs=_rat_step_inputs,
+      step_cost=_rat_step_cost,
+      peers=(peers.TORCH_SOFTMAX_AND_STEP, peers.CUDNN_SOFTMAX),
+      wrt=("query", "key", "value", "gate_logits", "gate_bias", "output_logits"),
     ),
   )
 }
@@ -222,9 +257,11 @@ def oracle_case(case: Case) -> tuple[Case, str]:
 
 
 def relative_error(got, exact) -> float:
-  """RMS error over the RMS of the truth."""
+  """RMS error over the RMS of the truth; not divided where that is 0, or 0 but for rounding."""
   got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
-  return float(np.sqrt(np.mean((got - exact) ** 2)) / (np.sqrt(np.mean(exact**2)) or 1.0))
+  scale = np.sqrt(np.mean(exact**2))
+  scale = 1.0 if scale < 64 * np.finfo(np.float64).eps else scale
+  return float(np.sqrt(np.mean((got - exact) ** 2)) / scale)
 
 
 def largest_error(got: Mapping, exact: Mapping) -> tuple[float, str]:

@@ -144,12 +144,15 @@ def _torch_taylor(inputs, cotangent, pass_name, device):
 
 
 def _softmax_inputs(inputs):
-  """Query and key as wide as the values: what softmax attention of the same model would have."""
-  width = inputs["value"].shape[-1]
+  """Query and key as wide as the values and of as many heads: what softmax attention of the same
+  model would have. [..., H, K]; head h has the query and key of group h mod their number.
+  """
+  heads, width = inputs["value"].shape[-2:]
 
   def widened(x):
     copies = -(-width // x.shape[-1])
-    return np.concatenate([x] * copies, -1)[..., :width]
+    groups = max(1, heads // x.shape[-2])
+    return np.concatenate([np.concatenate([x] * groups, -2)] * copies, -1)[..., :width]
 
   return {name: widened(inputs[name]) for name in ("query", "key", "value")}
 
@@ -157,6 +160,8 @@ def _softmax_inputs(inputs):
 def _torch_softmax(inputs, cotangent, pass_name, device):
   import torch
 
+  if pass_name == "step":
+    return _torch_softmax_step(inputs, device)
   heads_first = {n: np.swapaxes(x, 1, 2) for n, x in _softmax_inputs(inputs).items()}
   tensors = _torch_tensors(heads_first, device)
   do = np.swapaxes(cotangent[0].astype(inputs["value"].dtype), 1, 2)
@@ -166,6 +171,30 @@ def _torch_softmax(inputs, cotangent, pass_name, device):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
   return _torch_pass(attention, tensors, do, pass_name, device)
+
+
+def _torch_softmax_step(inputs, device):
+  """One query over a cache of keys and values as long as the state's position, new ones written."""
+  import torch
+
+  token = _softmax_inputs(dict(zip(("query", "key", "value"), inputs, strict=False)))
+  tokens = _torch_tensors({n: x[:, :, None] for n, x in token.items()}, device)  # [B, H, 1, K]
+  q, k, v = tokens.values()
+  position = int(inputs[-1].position.max())
+  batch, heads, _, dim = v.shape
+  keys, values = (
+    torch.randn((batch, heads, position + 1, dim), device=device).to(v.dtype) for _ in range(2)
+  )
+
+  def run():
+    with torch.no_grad():
+      keys[:, :, position:], values[:, :, position:] = k, v
+      output = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    if device == "cuda":
+      torch.cuda.synchronize()
+    return {"output": output}
+
+  return run
 
 
 def _fla_simple_gla(inputs, cotangent, pass_name, device):
@@ -227,6 +256,8 @@ TORCH_SOFTMAX = Peer(
   "torch softmax (sdpa)", "torch", ("cpu", "cuda"), _WHOLE, same_function=False, quadratic=True,
   prepare=_torch_softmax,
 )  # fmt: skip
+# Where the state has a position, which says how long a cache would be.
+TORCH_SOFTMAX_AND_STEP = dataclasses.replace(TORCH_SOFTMAX, passes=(*_WHOLE, "step"))
 TORCH_TAYLOR = Peer(
   "torch quadratic formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=True,
   prepare=_torch_taylor, scratch=dict(forward=4, forward_backward=7),

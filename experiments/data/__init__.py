@@ -6,6 +6,7 @@ from attnzoo.experiments.data.errors import DataError
 from attnzoo.experiments.data.examples import ExampleBlock, ExampleSet
 from attnzoo.experiments.data.loading import Data, evaluation_batches, load_data, train_batches
 from attnzoo.experiments.data.pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
+from attnzoo.experiments.data.sft import PairSet
 from attnzoo.experiments.data.tokenizers import (
   ByteTokenizer,
   Decoder,
@@ -29,6 +30,7 @@ __all__ = [
   "ExampleBlock",
   "ExampleSet",
   "JsonTokenizer",
+  "PairSet",
   "TokenSplit",
   "Tokenizer",
   "TrainBatches",

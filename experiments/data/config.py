@@ -4,7 +4,7 @@ import dataclasses
 
 from attnzoo.experiments.data.errors import refuse, suggest
 
-SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface", "mqar")
+SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface", "mqar", "sft")
 
 MQAR_ORDERS = ("segments", "mixed")
 
@@ -15,7 +15,7 @@ class DataConfig:
 
   source: str = "auto"  # one of SOURCES; auto looks at `path`: none = stdlib, else by its name
   path: str = ""  # file or folder of every source but stdlib
-  validation_path: str = ""  # text and huggingface: held-out documents kept apart by the user
+  validation_path: str = ""  # text, huggingface, sft: held-out documents kept apart by the user
   validation_fraction: float = 0.06  # share of the documents held out where the format has no split
   text_field: str = "text"  # jsonl and huggingface: the field that holds the document
   suffixes: tuple[str, ...] = ()  # file types read from a folder; empty = documents.TEXT_SUFFIXES
@@ -26,6 +26,12 @@ class DataConfig:
   tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
   end_token: str = ""  # end-of-document token of tokenizer.json; empty = the usual names
   cache: str = ""  # folder for tokenised corpora; empty = the folder that the caller proposes
+  split_documents: bool = True  # text: no state and no attention from one document to the next
+  predict_first: bool = True  # text: the first token of a document is a target, from the end id
+  prompt_field: str = "prompt"  # sft: the field of the .jsonl that holds what is not learned
+  answer_field: str = "answer"  # sft: ... and what is
+  sft_pack: bool = False  # sft: several short examples in a row, as segments of their own
+  sft_open: bool = False  # sft: the end id stands before a prompt, as before documents
   mqar_train: str = ""  # mqar: segments as length:pairs:examples,...; see mqar.py
   mqar_test: str = ""  # mqar: likewise, the validation split
   mqar_vocab_size: int = 8192  # mqar: ids altogether
@@ -53,6 +59,12 @@ class DataConfig:
     if self.source == "mqar" and self.sequence_length:
       raise refuse("sequence_length", "be 0 for source 'mqar'", self.sequence_length,
                    "mqar_train and mqar_test give the lengths")  # fmt: skip
+    if self.source == "sft" and self.sequence_length < 4:
+      raise refuse("sequence_length", "be at least 4 for source 'sft'", self.sequence_length,
+                   "a row holds prompt, answer and end")  # fmt: skip
+    if self.prompt_field == self.answer_field:
+      raise refuse("answer_field", "differ from prompt_field", repr(self.answer_field),
+                   "name two fields of the .jsonl")  # fmt: skip
     if self.mqar_order not in MQAR_ORDERS:
       raise refuse("mqar_order", f"be one of {MQAR_ORDERS}", repr(self.mqar_order),
                    "the published runs have 'segments'")  # fmt: skip

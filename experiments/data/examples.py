@@ -112,8 +112,12 @@ class ExampleBatches:
     return batch_of(block, start + self._offset, self._rows, self._targets[block.length])
 
   @property
+  def steps_per_epoch(self) -> float:
+    return len(self._order)
+
+  @property
   def epoch(self) -> float:
-    return self.position / len(self._order)
+    return self.position / self.steps_per_epoch
 
   @property
   def tokens_per_step(self) -> float:

@@ -1,4 +1,4 @@
-"""What the loop sees of the data: text or ready-made examples, and batches of either."""
+"""What the loop sees of the data: text, ready-made examples or answers to prompts, in batches."""
 
 from pathlib import Path
 
@@ -8,27 +8,35 @@ from attnzoo.experiments.data.errors import refuse
 from attnzoo.experiments.data.examples import ExampleBatches, ExampleEvaluation, ExampleSet
 from attnzoo.experiments.data.mqar import load_mqar
 from attnzoo.experiments.data.pipeline import EvaluationBatches, TrainBatches
+from attnzoo.experiments.data.sft import PairBatches, PairEvaluation, PairSet, load_pairs
 
-Data = Corpus | ExampleSet
+Data = Corpus | ExampleSet | PairSet
 
 
 def load_data(config: DataConfig, cache: str | Path | None = None) -> Data:
   """Reads or makes what the config names; `cache` as in `load_corpus`."""
-  return load_mqar(config) if config.source == "mqar" else load_corpus(config, cache)
+  if config.source == "mqar":
+    return load_mqar(config)
+  return load_pairs(config) if config.source == "sft" else load_corpus(config, cache)
 
 
-def train_batches(data: Data, config: DataConfig, **process) -> TrainBatches | ExampleBatches:
+def train_batches(
+  data: Data, config: DataConfig, **process
+) -> TrainBatches | ExampleBatches | PairBatches:
   """Endless batches with a position; `process` says which block of rows this process has."""
-  kind = ExampleBatches if isinstance(data, ExampleSet) else TrainBatches
+  if isinstance(data, ExampleSet):
+    return ExampleBatches(data, config, **process)
+  kind = PairBatches if isinstance(data, PairSet) else TrainBatches
   return kind(data, config, **process)
 
 
 def evaluation_batches(
   data: Data, config: DataConfig, *, overlap: int = 0, **options
-) -> EvaluationBatches | ExampleEvaluation:
-  """One pass over a split; options are those of the two classes."""
-  if not isinstance(data, ExampleSet):
+) -> EvaluationBatches | ExampleEvaluation | PairEvaluation:
+  """One pass over a split; options are those of the three classes."""
+  if isinstance(data, Corpus):
     return EvaluationBatches(data, config, overlap=overlap, **options)
   if overlap:
     raise refuse("overlap", "be 0 for ready-made examples", overlap, "each is whole in itself")
-  return ExampleEvaluation(data, config, **options)
+  kind = ExampleEvaluation if isinstance(data, ExampleSet) else PairEvaluation
+  return kind(data, config, **options)

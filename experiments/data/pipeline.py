@@ -10,12 +10,16 @@ The end id opens a segment (see `corpus`), so an input and its target are never 
 the target of a document's last token is the end id, which says that the document ends, and the
 first token of a document is predicted from the end id. All training windows therefore have weight
 1 everywhere. Where token files have no end id, each row is one segment.
+
+Two options of the configuration make the rows of recipes that know no documents: without
+`split_documents` each row is one segment, without `predict_first` the end id as an input has
+weight 0, so that the first token of a document is no target.
 """
 
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,42 +32,47 @@ from attnzoo.experiments.data.errors import refuse
 Batch = dict[str, np.ndarray]
 
 
-class TrainBatches:
+class ShuffledRows:
   """Endless iterator of training batches with a position that can be saved and restored.
 
-  Each epoch cuts the stream at a new random offset into windows of `sequence_length` + 1 tokens
-  that overlap by one, and visits them in a new random order; fewer than two windows' worth of
-  tokens at the ends of the stream are left out, others in each epoch. All this depends on `seed`
-  and the epoch only. Global batch number n has the same rows whatever the number of hosts and of
-  workers; each host holds a block of them, in the order of `process_index`.
+  Each epoch visits all rows in a new random order that depends on the seed and the epoch only.
+  Global batch number n has the same rows whatever the number of hosts and of workers; each host
+  holds a block of them, in the order of `process_index`.
+
+  Args:
+    count: rows in all.
+    row: (number of a row, epoch) -> its arrays [sequence_length].
+    corpus: fingerprint of what the rows are cut from.
+    layout: whatever else decides what is in the rows; stored with the position.
   """
 
   def __init__(
-    self, corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+    self,
+    count: int,
+    row: Callable[[int, int], Batch],
+    config: DataConfig,
+    *,
+    corpus: str,
+    process_index: int = 0,
+    process_count: int = 1,
+    **layout: Any,
   ):
     rows = rows_per_host(config.batch_size, process_index, process_count)
-    windows, slack = _windows(len(corpus.train.tokens), config.sequence_length)
-    self.steps_per_epoch = windows / config.batch_size
+    self.steps_per_epoch = count / config.batch_size
     self._identity = dict(
-      corpus=corpus.fingerprint,
+      corpus=corpus,
       sequence_length=config.sequence_length,
       batch_size=config.batch_size,
       seed=config.seed,
+      **layout,
     )
     import grain
 
-    order = grain.MapDataset.range(windows).seed(config.seed).shuffle().repeat()
-    first_offset = functools.lru_cache(4)(functools.partial(_epoch_offset, config.seed, slack))
+    order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
 
     def assemble(step: int) -> Batch:
       start = step * config.batch_size + rows * process_index
-      starts = [
-        first_offset(i // windows) + int(order[i]) * config.sequence_length
-        for i in range(start, start + rows)
-      ]
-      tokens = corpus.train.tokens
-      return _stack([_row(tokens[at : at + config.sequence_length + 1], corpus.end_id)
-                     for at in starts])  # fmt: skip
+      return stack([row(int(order[i]), i // count) for i in range(start, start + rows)])
 
     # Threads, not processes: the arrays are shared, and the position stays one number that does
     # not depend on how many work ahead of it.
@@ -111,6 +120,31 @@ class TrainBatches:
     self._batches.close()
 
 
+class TrainBatches(ShuffledRows):
+  """Training batches of a stream.
+
+  Each epoch cuts the stream at a new random offset into windows of `sequence_length` + 1 tokens
+  that overlap by one; fewer than two windows' worth of tokens at the ends of the stream are left
+  out, others in each epoch.
+  """
+
+  def __init__(
+    self, corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+  ):
+    tokens, length = corpus.train.tokens, config.sequence_length
+    windows, slack = _windows(len(tokens), length)
+    first_offset = functools.lru_cache(4)(functools.partial(_epoch_offset, config.seed, slack))
+
+    def row(number: int, epoch: int) -> Batch:
+      at = first_offset(epoch) + number * length
+      return _row(tokens[at : at + length + 1], corpus.end_id, config)
+
+    super().__init__(
+      windows, row, config, corpus=corpus.fingerprint,
+      process_index=process_index, process_count=process_count,
+    )  # fmt: skip
+
+
 class EvaluationBatches:
   """One pass over a split, in order: every token but the first is the target exactly once.
 
@@ -144,10 +178,14 @@ class EvaluationBatches:
     if max_tokens is not None and max_tokens < 1:
       raise refuse("max_tokens", "be at least 1", max_tokens, "None takes the whole split")
     content = corpus.splits[split]
-    self.targets = min(len(content.tokens) - 1, max_tokens or len(content.tokens))
-    self.target_bytes = _target_bytes(corpus, content, self.targets)
-    self._tokens = content.tokens[: self.targets + 1]
-    self._end_id = corpus.end_id
+    self._positions = min(len(content.tokens) - 1, max_tokens or len(content.tokens))
+    self._tokens = content.tokens[: self._positions + 1]
+    self._end_id, self._config = corpus.end_id, config
+    counted = slice(None)  # of the targets, [positions]
+    if not config.predict_first and corpus.end_id is not None:
+      counted = np.asarray(self._tokens[:-1]) != corpus.end_id
+    self.targets = len(self._tokens[1:][counted])
+    self.target_bytes = _target_bytes(corpus, content, self._positions, counted)
     self._length, self._overlap = config.sequence_length, overlap
     self._batch_size = config.batch_size
     self._host_rows = rows_per_host(config.batch_size, process_index, process_count)
@@ -155,13 +193,13 @@ class EvaluationBatches:
 
   def __len__(self) -> int:
     stride = self._length - self._overlap
-    rows = 1 + -(-max(0, self.targets - self._length) // stride)
+    rows = 1 + -(-max(0, self._positions - self._length) // stride)
     return -(-rows // self._batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
     for batch in range(len(self)):
       first = batch * self._batch_size + self._first_row
-      yield _stack([self._row(first + i) for i in range(self._host_rows)])
+      yield stack([self._row(first + i) for i in range(self._host_rows)])
 
   def _row(self, number: int) -> Batch:
     start = number * (self._length - self._overlap)
@@ -171,7 +209,7 @@ class EvaluationBatches:
       filled = 0
     padded = _padding(self._length)
     if filled:
-      for name, values in _row(ids, self._end_id).items():
+      for name, values in _row(ids, self._end_id, self._config).items():
         padded[name][:filled] = values
     padded["weights"][: self._overlap if number else 0] = 0
     return padded
@@ -216,19 +254,22 @@ def _epoch_offset(seed: int, slack: int, epoch: int) -> int:
   return int(np.random.default_rng([seed, epoch]).integers(slack + 1))
 
 
-def _row(ids: Int[np.ndarray, "n"], end_id: int | None) -> Batch:
+def _row(ids: Int[np.ndarray, "n"], end_id: int | None, config: DataConfig) -> Batch:
   """Inputs, targets, weights and segments of n tokens: arrays [n - 1]."""
   ids = np.asarray(ids).astype(np.int32)
   tokens, targets = ids[:-1], ids[1:]
   segments = np.ones(len(tokens), np.int32)
-  if end_id is not None:
+  if end_id is not None and config.split_documents:
     np.cumsum(tokens == end_id, out=segments)
     segments += 1 - segments[0]  # the row may start inside a document
   weights = np.ones(len(tokens), np.float32)
+  if end_id is not None and not config.predict_first:
+    weights[tokens == end_id] = 0
   return dict(tokens=tokens, targets=targets, weights=weights, segment_ids=segments)
 
 
-def _stack(rows: list[Batch]) -> Batch:
+def stack(rows: list[Batch]) -> Batch:
+  """Rows below each other."""
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -237,12 +278,13 @@ def _padding(length: int) -> Batch:
   return integers | dict(weights=np.zeros(length, np.float32))
 
 
-def _target_bytes(corpus: Corpus, split: TokenSplit, targets: int) -> int | None:
+def _target_bytes(corpus: Corpus, split: TokenSplit, positions: int, counted) -> int | None:
+  """UTF-8 bytes of the targets that `counted` picks of the first so many."""
   if split.token_bytes is not None:
-    return int(split.token_bytes[1 : targets + 1].sum(dtype=np.int64))
+    return int(split.token_bytes[1 : positions + 1][counted].sum(dtype=np.int64))
   if corpus.tokenizer is None:
     return None
-  return len(corpus.tokenizer.decode(split.tokens[1 : targets + 1]).encode())
+  return len(corpus.tokenizer.decode(split.tokens[1 : positions + 1][counted]).encode())
 
 
 def _some(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:

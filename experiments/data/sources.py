@@ -33,6 +33,8 @@ def open_source(config: DataConfig) -> Source | formats.TokenSource:
     return stdlib(config.validation_fraction)
   if kind == "mqar":
     raise refuse("source", "be text or tokens", "'mqar'", "its examples are made, not read")
+  if kind == "sft":
+    raise refuse("source", "be text or tokens", "'sft'", "its prompts and answers are no stream")
   path = existing(config.path)
   if kind == "text":
     return text(path, config)
@@ -133,6 +135,11 @@ def _documents(file: Path, field: str) -> Iterator[bytes]:
 
 def jsonl(path: Path, field: str) -> Iterator[bytes]:
   """The documents of a .jsonl file in order; blank lines are skipped, any other fault is raised."""
+  return (document for _, (document,) in jsonl_fields(path, text_field=field))
+
+
+def jsonl_fields(path: Path, **fields: str) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+  """(number of the line, its fields as UTF-8) of a .jsonl file; fields are option=name."""
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
@@ -142,12 +149,14 @@ def jsonl(path: Path, field: str) -> Iterator[bytes]:
       except ValueError as error:  # covers bad JSON and bad UTF-8
         raise refuse("path", "hold one JSON object per line", f"{path}, line {number}: {error}",
                      "repair or remove the line") from error  # fmt: skip
-      if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise refuse("text_field", "name a string field of every line",
-                     f"{field!r} at {path}, line {number}, which has {found}",
-                     "set text_field to the field that holds the text")  # fmt: skip
-      yield record[field].encode("utf-8", errors="replace")  # lone surrogates have no UTF-8
+      for option, field in fields.items():
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+          found = sorted(record) if isinstance(record, dict) else type(record).__name__
+          raise refuse(option, "name a string field of every line",
+                       f"{field!r} at {path}, line {number}, which has {found}",
+                       f"set {option} to the field that holds the text")  # fmt: skip
+      # Lone surrogates have no UTF-8.
+      yield number, tuple(record[f].encode("utf-8", errors="replace") for f in fields.values())
 
 
 def _split_by_document(path: Path, files: list[Path], config: DataConfig) -> Source:

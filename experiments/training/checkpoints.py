@@ -223,16 +223,20 @@ def stored_record(workdir: str | pathlib.Path, model: dict[str, Any]) -> dict[st
   return record
 
 
-# Fields of a model that change how it is computed but not what is stored.
-_FREE_FIELDS = {"dtype", "remat", "loss_chunk", "implementation", "chunk_size"}
+# Fields of a model that change how it is computed, but not what it computes and what is stored, and
+# those of its first weights.
+_FREE_FIELDS = {"dtype", "remat", "loss_chunk", "implementation", "attention_implementation"}
+_FREE_FIELDS |= {"train_length", "init_stddev"}
+_CHUNK_IS_FREE = ("transnormer", "based", "mqar")  # RAT's chunks are part of what it computes
 
 
 def check_same_model(old: dict, new: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError where the configurations differ in more than free fields."""
+  free = _FREE_FIELDS | ({"chunk_size"} if new.get("family") in _CHUNK_IS_FREE else set())
   different = {
     name: (old.get(name), new.get(name))
     for name in sorted(set(old) | set(new))
-    if name not in _FREE_FIELDS and old.get(name) != new.get(name)
+    if name not in free and old.get(name) != new.get(name)
   }
   if different:
     listed = ", ".join(f"{name} {a!r} there, {b!r} here" for name, (a, b) in different.items())

@@ -35,6 +35,7 @@ class OptimizerConfig:
   final_fraction: float = 0.1  # of the peak, at the last step
   schedule: str = "cosine"
   warmup_steps: int = 100
+  warmup_fraction: float = 0.0  # of the steps; above 0 it takes the place of warmup_steps
   decay_fraction: float = 0.2  # of the steps, for "warmup_stable_decay"
   weight_decay: float = 0.1
   decayed: str = "matrices"  # or (adamw) "weights": all but biases and embedding; "everything"
@@ -56,6 +57,9 @@ class OptimizerConfig:
       _fail(
         "OptimizerConfig", "decayed", f"be 'matrices' for {self.name}", self.decayed, "or adamw"
       )
+    if not 0 <= self.warmup_fraction < 1:
+      got = self.warmup_fraction
+      _fail("OptimizerConfig", "warmup_fraction", "lie in 0..1, below 1", got, "0.05 is 5 %")
     for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss", "final_fraction"):
       if getattr(self, name) < 0:
         _fail("OptimizerConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
@@ -66,6 +70,8 @@ class TrainConfig:
   """Length of the run and what is written when."""
 
   steps: int = 1000
+  epochs: float = 0.0  # passes over the training data; above 0 they decide the steps
+  init_from: str = ""  # workdir of a run or of imported weights: its best weights are the first
   grad_accumulation: int = 1  # parts that a batch is worked on in, one after the other
   seed: int = 0  # of the initial weights; the order of the data has its own
   log_every: int = 10  # steps
@@ -81,7 +87,7 @@ class TrainConfig:
     for name in ("steps", "grad_accumulation", "log_every", "checkpoint_every", "keep_last"):
       if getattr(self, name) < 1:
         _fail("TrainConfig", name, "be at least 1", getattr(self, name), "a count")
-    for name in ("eval_every", "eval_tokens", "keep_best", "sample_tokens"):
+    for name in ("epochs", "eval_every", "eval_tokens", "keep_best", "sample_tokens"):
       if getattr(self, name) < 0:
         _fail("TrainConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
 

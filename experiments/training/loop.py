@@ -1,6 +1,7 @@
 """Training from a configuration to a finished workdir."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import time
@@ -19,7 +20,7 @@ from attnzoo.experiments.data import (
   load_data,
   train_batches,
 )
-from attnzoo.experiments.training import checkpoints, config, hosts, reports, state
+from attnzoo.experiments.training import checkpoints, config, hosts, reports, runs, state
 from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
 from attnzoo.zoo import models
 
@@ -68,13 +69,18 @@ def train(
   workdir = pathlib.Path(workdir).expanduser()
   mesh = state.make_mesh(experiment.mesh)
   state.check_divides(experiment, mesh)
-  stored = checkpoints.stored_record(workdir, config.to_json_dict(experiment)["model"])
+  model = config.to_json_dict(experiment)["model"]
+  stored, source = checkpoints.stored_record(workdir, model), ""
+  if stored is None and experiment.train.init_from:
+    source = experiment.train.init_from
+    stored = runs.starting_record(source, model)
   corpus = load_data(experiment.data, cache=workdir / "corpus")
   check_vocabulary(experiment, corpus)
   if stored and stored["tokenizer"] and corpus.tokenizer is not None:
     check_tokenizer(stored["tokenizer"], corpus.tokenizer)
   block, blocks = state.data_part(mesh)
   batches = train_batches(corpus, experiment.data, process_index=block, process_count=blocks)
+  experiment = _with_steps(experiment, batches)
   keep = dict(keep_last=experiment.train.keep_last, keep_best=experiment.train.keep_best)
   with (
     contextlib.closing(batches),
@@ -82,9 +88,12 @@ def train(
     in_mesh(mesh),
   ):
     parts, current, shardings = state.initial_state(experiment, mesh)
-    restored = saved.restore(checkpoints.abstract_like(current, shardings))
+    like = checkpoints.abstract_like(current, shardings)
+    restored = saved.restore(like)
     if restored is not None:
       current = _resumed(current, restored, batches, workdir)
+    elif source:
+      current = current._replace(params=runs.starting_weights(source, like.params))
     if hosts.is_first():
       checkpoints.write_config(workdir, run_record(experiment, corpus))
     first_step, last_step = int(current.step), experiment.train.steps
@@ -94,6 +103,15 @@ def train(
     run = Run(experiment, workdir, corpus, mesh, parts, eval_step, batches, saved,
               first_step, last_step)  # fmt: skip
     return _run(run, current)
+
+
+def _with_steps(experiment: config.Experiment, batches: TrainBatches) -> config.Experiment:
+  """The experiment with the steps that its epochs come to."""
+  train = experiment.train
+  if not train.epochs:
+    return experiment
+  steps = max(1, math.ceil(train.epochs * batches.steps_per_epoch))
+  return dataclasses.replace(experiment, train=dataclasses.replace(train, steps=steps))
 
 
 def _resumed(fresh: state.TrainState, restored, batches: TrainBatches, workdir) -> state.TrainState:
@@ -219,6 +237,8 @@ def _say_what_starts(run: Run) -> None:
     more = run.last_step - run.first_step
     after = f"{more} more at the final learning rate" if more else "nothing left to train"
     print(f"This run is complete after {run.first_step} steps: {after}.")
+  elif not run.first_step and experiment.train.init_from:
+    print(f"Starts from the weights in {experiment.train.init_from}.")
   elif run.first_step:
     print(f"Goes on from the checkpoint of step {run.first_step}.")
 

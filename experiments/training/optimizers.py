@@ -12,6 +12,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up to the peak, then down to `final_fraction` of it as the schedule says."""
   peak, low = config.learning_rate, config.learning_rate * config.final_fraction
   warmup = min(config.warmup_steps, steps)
+  if config.warmup_fraction:
+    warmup = int(config.warmup_fraction * steps)
   rest = max(steps - warmup, 1)
   if config.schedule == "constant":
     after = [(optax.constant_schedule(peak), 0)]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from attnzoo.experiments.data import Tokenizer, check_tokenizer, load_tokenizer
+from attnzoo.experiments.data import DataConfig, Tokenizer, check_tokenizer, load_tokenizer
 from attnzoo.experiments.training import checkpoints, config, state
 
 
@@ -48,6 +48,29 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> LoadedRun:
   return LoadedRun(experiment, parts, params, wanted, record["tokenizer"])
 
 
+def starting_record(workdir: str, model: dict[str, Any]) -> dict[str, Any]:
+  """The record of a run that another one of the model `model` starts from (`train.init_from`).
+
+  Raises:
+    ValueError: there is none, it has no checkpoint, or it is of another model.
+  """
+  try:
+    record = checkpoints.stored_record(workdir, model)
+    if record is None:
+      raise _no_checkpoint(workdir)
+    return record
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"train.init_from must name the workdir of a run or of imported weights; {error}"
+    ) from error
+
+
+def starting_weights(workdir: str, like: state.Params) -> state.Params:
+  """The best weights of that run, in the shapes, dtypes and shardings of `like`."""
+  with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as saved:
+    return saved.restore_params(like, saved.best_step())
+
+
 def the_tokenizer(run: LoadedRun, path: str = "") -> Tokenizer:
   """The tokenizer that the run was trained with, from `path` or where it was then.
 
@@ -69,6 +92,11 @@ def the_tokenizer(run: LoadedRun, path: str = "") -> Tokenizer:
       f" {tokenizer.vocab_size} in {path} (the tokenizer.json the token files were made with)"
     )
   return tokenizer
+
+
+def opening(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
+  """What stood before every document or prompt in training, and so comes before one now."""
+  return [] if data.source == "sft" and not data.sft_open else [tokenizer.end_id]
 
 
 def _no_checkpoint(workdir) -> ValueError:

@@ -4,7 +4,7 @@ import json
 import math
 
 from attnzoo.experiments import baselines
-from attnzoo.experiments.data import DataConfig, DataError, ExampleSet, read_text
+from attnzoo.experiments.data import DataConfig, DataError, ExampleSet, PairSet, read_text
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import recall, reports, state
 from attnzoo.experiments.training.evaluation import Evaluation
@@ -73,14 +73,17 @@ def _compute_baselines(data: DataConfig) -> dict[str, float]:
 
 
 def _sample(outcome: Outcome) -> str:
+  """Text from nothing, or the answer to the first held-out prompt after that prompt."""
   run = outcome.run
   tokenizer = run.corpus.tokenizer
+  length, answering = run.experiment.data.sequence_length, isinstance(run.corpus, PairSet)
+  prompt = run.corpus.splits["validation"].prompt(0, length) if answering else []
   model = state.merge(run.parts, outcome.state.params)
   tokens = generate(
     model,
-    [[]],
+    [prompt],
     max_new_tokens=run.experiment.train.sample_tokens,
     sampling=Sampling(temperature=0.8, top_p=0.95),
     end_id=tokenizer.end_id,
   )
-  return tokenizer.decode([int(token[0]) for token in tokens])
+  return tokenizer.decode([*prompt, *(int(token[0]) for token in tokens)])

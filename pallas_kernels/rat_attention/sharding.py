@@ -84,7 +84,8 @@ def sharded_rat_attention(
   groups = PartitionSpec(batch, sequence_axis, None, None)
   tokens = PartitionSpec(batch, sequence_axis, heads, None)
   store, running = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, heads, None)
-  states = RatState(store, store, running, running, PartitionSpec(batch))
+  states: Any = (store, store, running, running, PartitionSpec(batch))
+  states = RatState(*states)
   arrays = dict(query=query, key=key, value=value, gate_logits=gate_logits, gate_bias=gate_bias,
                 output_logits=output_logits, segment_ids=segment_ids, lengths=lengths,
                 initial_state=initial_state)  # fmt: skip
@@ -149,7 +150,7 @@ def _sequence_shard(operator, inputs, axis, chunk_size, rotary_base):
   past = _share(inputs, state, documents, shard, axis, chunk_size, rotary_base)
   slots = state.key.shape[1] + -(-length * (count - 1) // chunk_size)
   before = _state_after(past, index, shard.first, max(slots, 1), chunk_size)
-  here = dict(inputs, initial_state=before)
+  here: dict[str, Any] = dict(inputs, initial_state=before)
   if "lengths" in inputs:
     here["lengths"] = real
   output, _ = operator(**here)
@@ -162,7 +163,7 @@ def _share(inputs, state, documents, shard, axis, chunk_size, rotary_base) -> _P
   key, value = inputs["key"], inputs["value"]
   length, dtype = value.shape[1], value.dtype
   wide = jnp.promote_types(dtype, jnp.float32)
-  arrays = (key, value, inputs["gate_logits"], inputs["gate_bias"])
+  arrays = [key, value, inputs["gate_logits"], inputs["gate_bias"]]
   real = shard.stop - shard.start  # [B]
   own = jnp.arange(length) < real[:, None]
   tail = jnp.sum(own & (documents == shard.after[:, None]), axis=1, dtype=jnp.int32)
@@ -174,16 +175,19 @@ def _share(inputs, state, documents, shard, axis, chunk_size, rotary_base) -> _P
   finished = jnp.sum(own & (places.row == chunk_size - 1), axis=1, dtype=jnp.int32)
   finished = jax.lax.all_gather(finished, axis)
 
-  ends = _ends(*arrays, places.row, real, chunk_size)  # factor, k~, v~ of [B, H, K]
+  # Factor, k~, v~, [B, H, K] each.
+  ends = _ends(*arrays, row=places.row, real=real, chunk_size=chunk_size)
   ends = jax.lax.all_gather(jnp.stack(ends), axis, axis=2)  # [3, B, W, H, K]
   start = (state.running_key.astype(wide), state.running_value.astype(wide))
   running = run_recurrences(ends[0], ends[1:], state._replace(running_key=start[0],
                                                               running_value=start[1]))  # fmt: skip
-  running = [jnp.concatenate([x[:, None], y], 1) for x, y in zip(start, running, strict=True)]
+  running_key, running_value = running = [
+    jnp.concatenate([x[:, None], y], 1) for x, y in zip(start, running, strict=True)
+  ]
 
   @jax.checkpoint  # float32 arrays as large as the inputs, and little work
   def summaries(arrays, running):
-    kept, added = recurrence_terms(*arrays, places.row)
+    kept, added = recurrence_terms(*arrays, row=places.row)
     before = state._replace(running_key=running[0], running_value=running[1])
     running_key, running_value = run_recurrences(kept, added, before)
     turn = rotary_tables(places.chunk[..., None], value.shape[3], rotary_base, wide)
@@ -196,7 +200,10 @@ def _share(inputs, state, documents, shard, axis, chunk_size, rotary_base) -> _P
     jnp.concatenate([old.astype(dtype), new], 1)
     for old, new in zip((state.key, state.value), gathered, strict=True)
   )
-  return _Past(afters, tails, finished, keys, values, *running, state.position, state.key.shape[1])
+  stored = state.key.shape[1]
+  return _Past(
+    afters, tails, finished, keys, values, running_key, running_value, state.position, stored
+  )
 
 
 def _ends(key, value, gate_logits, gate_bias, row, real, chunk_size):

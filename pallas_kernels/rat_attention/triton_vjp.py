@@ -200,7 +200,8 @@ def _by_token(tables, length, chunk_size):
   """Tables [C, K / 2] of chunks as [T, 1, K / 2] of tokens."""
   if tables is None:
     return None
-  return tuple(jnp.repeat(x, chunk_size, 0)[:length, None] for x in tables)
+  cos, sin = (jnp.repeat(x, chunk_size, 0)[:length, None] for x in tables)
+  return cos, sin
 
 
 # --- Softmax alone, for rows whose chunks do not start together -----------------------------------

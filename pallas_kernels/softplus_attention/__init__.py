@@ -1,6 +1,7 @@
 """Softplus attention: LSSA, its re-weighted form LSSAR, and what they are compared with."""
 
 from .api import softplus_attention
+from .sharding import sharded_softplus_attention
 from .step import softplus_attention_step
 from .variants import LSSA, LSSAR, VARIANTS, Variant
 
@@ -9,6 +10,7 @@ __all__ = [
   "LSSAR",
   "VARIANTS",
   "Variant",
+  "sharded_softplus_attention",
   "softplus_attention",
   "softplus_attention_step",
 ]

@@ -5,6 +5,8 @@ the N keys, A N = a / m, so the second stage needs only the excess g = max(0, a 
 by its largest entry before the power keeps everything in [0, 1]. Row factors cancel in both stages.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -20,30 +22,102 @@ def row_weights(
 ) -> tuple[Float[Array, "*B S"], Float[Array, "*#B 1"]]:
   """(weights before the last division, what they are to be divided by)."""
   c = variant
-  scored = jnp.where(seen, _scored(c, scores, seen), 0)
-  total = jnp.ones_like(scored[..., :1])
-  if c.normalization == "l1":
-    sizes = jnp.abs(scored) if c.score in ("identity", "silu", "gelu", "tanh") else scored
-    total = _guarded(jnp.sum(sizes, -1, keepdims=True), c, c.eps_first)
-  elif c.normalization == "mean":
-    total = jnp.broadcast_to(count, total.shape)
+  top = None
+  if needs_top(c):
+    top = jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
+  values = scored(scores, seen, top, c)
+  total = first_total(jnp.sum(sizes(values, c), -1, keepdims=True), count, c)
   if c.power is None:
-    return scored, total
+    return values, total
+  largest = jax.lax.stop_gradient(jnp.max(values, -1, keepdims=True))
+  rows = second_stage(total, count, largest, c)
+  raised = raise_excess(values, seen, rows, c)
+  return raised, second_total(jnp.sum(raised, -1, keepdims=True), rows, c)
+
+
+class SecondStage(NamedTuple):
+  """What every row of the second stage needs to know of itself, [..., 1]."""
+
+  mean: jax.Array  # m
+  taken: jax.Array  # O m, what is taken off
+  divisor: jax.Array  # the largest excess
+  live: jax.Array  # False in flat rows
+
+
+def needs_top(variant: Variant) -> bool:
+  """Whether `scored` is relative to the largest score of a row."""
+  c = variant
+  return c.shifted and not (c.score == "softplus" and c.bounded)
+
+
+def scored(
+  scores: Float[Array, "*B S"],
+  seen: Bool[Array, "*#B S"],
+  top: Float[Array, "*#B 1"] | None,
+  variant: Variant,
+) -> Float[Array, "*B S"]:
+  """f of the scores, 0 where nothing is seen; with `top` a row may be divided by a factor."""
+  if top is None:
+    return jnp.where(seen, _function(variant, scores), 0)
+  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+  # Keys that are not seen may be above the largest that is, and must not overflow.
+  relative = jnp.exp(jnp.where(seen, scores, -jnp.inf) - top)
+  if variant.score == "exp":
+    return relative
+  # Far below 0 softplus is exp, of which the row's factor can be taken off before it vanishes.
+  return jnp.where(top < -20, relative, jnp.where(seen, softplus(scores), 0))
+
+
+def sizes(values: Float[Array, "*B S"], variant: Variant) -> Float[Array, "*B S"]:
+  """What the l1 norm adds up."""
+  return jnp.abs(values) if variant.score in ("identity", "silu", "gelu", "tanh") else values
+
+
+def first_total(total: Float[Array, "*B 1"], count: Float[Array, "*#B 1"], variant: Variant):
+  """What the first stage divides by, for rows whose sizes sum to `total`."""
+  c = variant
+  if c.normalization == "mean":
+    return jnp.broadcast_to(count, total.shape)
+  if c.normalization == "none":
+    return jnp.ones_like(total)
+  total = total + c.eps_first if c.epsilon == "add" else total
+  total = jnp.maximum(total, c.eps_first) if c.epsilon == "clamp" else total
+  return jnp.where(total > 0, total, 1)
+
+
+def second_stage(
+  total: Float[Array, "*B 1"],
+  count: Float[Array, "*#B 1"],
+  largest: Float[Array, "*B 1"],
+  variant: Variant,
+) -> SecondStage:
+  """For rows with the largest entry `largest` of f, which has no gradient: it is a row's factor."""
+  c = variant
   mean = total / count
-  offset = jnp.where(count <= c.skip_rows, 0.0, c.offset)
-  excess = jnp.maximum(scored - jnp.where(seen, offset * mean, 0), 0)
-  largest = jax.lax.stop_gradient(jnp.max(excess, -1, keepdims=True))
+  taken = jnp.where(count <= c.skip_rows, 0.0, c.offset) * mean
+  excess = jax.lax.stop_gradient(largest - taken)
   least = c.flat_tolerance * mean if c.epsilon == "none" else 0.0
-  live = largest > least
-  divisor = jnp.where(live, largest, 1)
-  raised = power(jnp.where(live, excess / divisor, 0), c.power)
-  total = jnp.sum(raised, -1, keepdims=True)
+  live = excess > least
+  return SecondStage(mean, taken, jnp.where(live, excess, 1), live)
+
+
+def raise_excess(
+  values: Float[Array, "*B S"], seen: Bool[Array, "*#B S"], rows: SecondStage, variant: Variant
+) -> Float[Array, "*B S"]:
+  """(max(0, f - O m) / its largest)^p."""
+  excess = jnp.maximum(values - jnp.where(seen, rows.taken, 0), 0)
+  return power(jnp.where(rows.live, excess / rows.divisor, 0), variant.power or 1)
+
+
+def second_total(total: Float[Array, "*B 1"], rows: SecondStage, variant: Variant):
+  """What the second stage divides by, for rows whose raised excess sums to `total`."""
+  c = variant
   if c.epsilon != "none" and c.eps_second:
-    # The epsilon belongs to sums of (A N - O)^p; in units of `largest` it is this much.
-    log_eps = jnp.log(c.eps_second) + c.power * (jnp.log(mean) - jnp.log(divisor))
+    # The epsilon belongs to sums of (A N - O)^p; in units of the largest it is this much.
+    log_eps = jnp.log(c.eps_second) + (c.power or 1) * (jnp.log(rows.mean) - jnp.log(rows.divisor))
     eps = jnp.exp(jnp.minimum(log_eps, 80.0))
     total = total + eps if c.epsilon == "add" else jnp.maximum(total, eps)
-  return raised, jnp.where(live, total, 1)
+  return jnp.where(rows.live, total, 1)
 
 
 def power(x: Float[Array, "*B"], p: int | float) -> Float[Array, "*B"]:
@@ -54,26 +128,14 @@ def power(x: Float[Array, "*B"], p: int | float) -> Float[Array, "*B"]:
   return jax.lax.integer_pow(x, int(p))
 
 
-def _scored(c, x, seen):
-  """f(s), divided by f of the row's largest score where that is needed and allowed."""
-  if c.shifted:  # keys that are not seen may be above the largest that is, and must not overflow
-    top = _top(x, seen)
-    relative = jnp.exp(jnp.where(seen, x, -jnp.inf) - top)
-    if c.score == "exp":
-      return relative
-    # Far below 0 softplus is exp, of which the row's factor can be taken off before it vanishes.
-    return softplus(x) if c.bounded else jnp.where(top < -20, relative, softplus(x))
-  if c.score == "softplus":
-    return softplus(x)
-  if c.score == "exp":
-    return jnp.exp(x)
+def _function(c, x):
   if c.score == "gelu":
     return jax.nn.gelu(x, approximate=False)
   if c.score == "relu_power":
     return power(jax.nn.relu(x), c.score_power)
   return dict(
-    relu=jax.nn.relu, sigmoid=jax.nn.sigmoid, elu1=_elu1, identity=_same, silu=jax.nn.silu,
-    tanh=jnp.tanh, abs=jnp.abs,
+    softplus=softplus, exp=jnp.exp, relu=jax.nn.relu, sigmoid=jax.nn.sigmoid, elu1=_elu1,
+    identity=_same, silu=jax.nn.silu, tanh=jnp.tanh, abs=jnp.abs,
   )[c.score](x)  # fmt: skip
 
 
@@ -82,20 +144,9 @@ def softplus(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
   return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
-def _top(x, seen):
-  top = jnp.max(jnp.where(seen, x, -jnp.inf), -1, keepdims=True)
-  return jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-
-
 def _elu1(x):
   return jax.nn.elu(x) + 1
 
 
 def _same(x):
   return x
-
-
-def _guarded(total, c, eps):
-  total = total + eps if c.epsilon == "add" else total
-  total = jnp.maximum(total, eps) if c.epsilon == "clamp" else total
-  return jnp.where(total > 0, total, 1)

@@ -233,7 +233,7 @@ def test_vmap_is_a_loop():
 
 def chunk_under_way_forgotten(patch):
   original = sharding._ends
-  patch.setattr(sharding, "_ends", lambda *args: [0 * x for x in original(*args)])
+  patch.setattr(sharding, "_ends", lambda *a, **o: [0 * x for x in original(*a, **o)])
 
 
 def documents_counted_per_shard(patch):
