@@ -1,4 +1,4 @@
-"""Softmax attention as a token mixer: over a sliding window, or over everything so far."""
+"""Attention as a token mixer: softmax over a sliding window or over everything, or softplus."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -9,15 +9,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels import (
+  Variant,
   empty_cache,
   empty_window,
   left_keys,
   sharded_sliding_window_attention,
   sharded_softmax_attention,
+  sharded_softplus_attention,
   sliding_window_attention,
   sliding_window_attention_step,
   softmax_attention,
   softmax_attention_step,
+  softplus_attention,
+  softplus_attention_step,
 )
 from .partitioning import constrain, operator_axes
 from .positions import position_after, positions_from, rotary, rotary_pairs
@@ -33,7 +37,7 @@ class AttentionState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMixerConfig:
-  """Sizes and variants of softmax attention. The defaults are those of BASED."""
+  """Sizes and variants of attention. The defaults are those of BASED."""
 
   features: int  # model width D
   heads: int
@@ -41,6 +45,7 @@ class AttentionMixerConfig:
   key_heads: int | None = None  # of keys and values, fewer than heads; None: as many
   window_size: int | None = None  # None: every earlier token is seen
   window_convention: str = "half"  # what window_size counts, see `left_keys`
+  variant: Variant | None = None  # of softplus_attention; None: softmax
   rotary_fraction: float = 1.0  # part of the channels of each head; 0 for no positions
   rotary_base: float = 10000.0
   qkv_bias: bool = False
@@ -48,7 +53,7 @@ class AttentionMixerConfig:
   init_stddev: float = 0.02
   out_init_stddev: float | None = None  # None: the same
   implementation: str | None = None  # of the operator
-  chunk_size: int | None = None  # of sliding_window_attention
+  chunk_size: int | None = None  # of the operators that have one
 
   def __post_init__(self):
     rotary_pairs(self.head_dim, self.rotary_fraction)  # raises for what cannot be turned
@@ -56,6 +61,11 @@ class AttentionMixerConfig:
       raise ValueError(
         f"AttentionMixerConfig: key_heads must divide the {self.heads} heads; got"
         f" {self.key_heads} (None for one per head)"
+      )
+    if self.window_size is not None and self.variant is not None:
+      raise ValueError(
+        f"AttentionMixerConfig: window_size must be None with a variant; got {self.window_size}"
+        " (softplus attention has no window)"
       )
     if self.window_size is not None:
       left_keys(self.window_size, self.window_convention)  # raises for an unknown convention
@@ -70,6 +80,9 @@ class AttentionMixerConfig:
 
 class AttentionMixer(nnx.Module):
   """y = softmax(q k^T / sqrt(K)) v W_out, causal, with rotary q and k; see `AttentionMixerConfig`.
+
+  With a `variant` it is `softplus_attention` of the same queries, keys and values, which has no
+  parameters of its own: a model can be trained with one and run with another.
 
   With a window the state is a ring buffer of the last keys and values and does not grow; without
   one it is a cache of `max_length` tokens. Keys are stored after their rotation.
@@ -149,7 +162,11 @@ class AttentionMixer(nnx.Module):
     """One token."""
     projected = self._project(x[:, None], state.position[:, None])
     query, key, value = (part[:, 0] for part in projected)
-    if self.config.left is None:
+    if self.config.variant is not None:
+      output, memory = softplus_attention_step(
+        query, key, value, state.memory, variant=self.config.variant
+      )
+    elif self.config.left is None:
       output, memory = softmax_attention_step(query, key, value, state.memory)
     else:
       output, memory = sliding_window_attention_step(
@@ -177,6 +194,10 @@ class AttentionMixer(nnx.Module):
     if c.left is not None:
       options |= dict(left=c.left, chunk_size=c.chunk_size)
     split = operator_axes()
+    if c.variant is not None:
+      function = softplus_attention if split is None else sharded_softplus_attention
+      options |= dict(variant=c.variant, chunk_size=c.chunk_size)
+      return function(query, key, value, **(split or {}), **options)
     if split is None:
       function = softmax_attention if c.left is None else sliding_window_attention
       return function(query, key, value, **options)

@@ -23,6 +23,13 @@ from .softmax_attention import (
   softmax_attention,
   softmax_attention_step,
 )
+from .softplus_attention import (
+  VARIANTS,
+  Variant,
+  sharded_softplus_attention,
+  softplus_attention,
+  softplus_attention_step,
+)
 from .taylor_attention import (
   sharded_taylor_attention,
   taylor_attention,
@@ -30,8 +37,10 @@ from .taylor_attention import (
 )
 
 __all__ = [
+  "VARIANTS",
   "CacheState",
   "RatState",
+  "Variant",
   "WindowState",
   "empty_cache",
   "empty_rat_state",
@@ -46,11 +55,14 @@ __all__ = [
   "sharded_rat_attention",
   "sharded_sliding_window_attention",
   "sharded_softmax_attention",
+  "sharded_softplus_attention",
   "sharded_taylor_attention",
   "sliding_window_attention",
   "sliding_window_attention_step",
   "softmax_attention",
   "softmax_attention_step",
+  "softplus_attention",
+  "softplus_attention_step",
   "taylor_attention",
   "taylor_attention_step",
 ]
