@@ -12,7 +12,8 @@ first token of a document is predicted from the end id. All training windows the
 1 everywhere. Where token files have no end id, each row is one segment.
 
 Two options of the configuration make the rows of recipes that know no documents: without
-`split_documents` each row is one segment, without `predict_first` the end id as an input has
+`split_documents` there are no segment_ids, and each row is read as one (which lets operators take
+their fastest path), without `predict_first` the end id as an input has
 weight 0, so that the first token of a document is no target.
 """
 
@@ -207,7 +208,7 @@ class EvaluationBatches:
     filled = max(0, len(ids) - 1)  # positions with a target
     if number and filled <= self._overlap:  # nothing new: behind the last target
       filled = 0
-    padded = _padding(self._length)
+    padded = _padding(self._length, self._config)
     if filled:
       for name, values in _row(ids, self._end_id, self._config).items():
         padded[name][:filled] = values
@@ -258,14 +259,17 @@ def _row(ids: Int[np.ndarray, "n"], end_id: int | None, config: DataConfig) -> B
   """Inputs, targets, weights and segments of n tokens: arrays [n - 1]."""
   ids = np.asarray(ids).astype(np.int32)
   tokens, targets = ids[:-1], ids[1:]
-  segments = np.ones(len(tokens), np.int32)
-  if end_id is not None and config.split_documents:
-    np.cumsum(tokens == end_id, out=segments)
-    segments += 1 - segments[0]  # the row may start inside a document
   weights = np.ones(len(tokens), np.float32)
   if end_id is not None and not config.predict_first:
     weights[tokens == end_id] = 0
-  return dict(tokens=tokens, targets=targets, weights=weights, segment_ids=segments)
+  row = dict(tokens=tokens, targets=targets, weights=weights)
+  if not config.split_documents:
+    return row
+  segments = np.ones(len(tokens), np.int32)
+  if end_id is not None:
+    np.cumsum(tokens == end_id, out=segments)
+    segments += 1 - segments[0]  # the row may start inside a document
+  return row | dict(segment_ids=segments)
 
 
 def stack(rows: list[Batch]) -> Batch:
@@ -273,8 +277,9 @@ def stack(rows: list[Batch]) -> Batch:
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _padding(length: int) -> Batch:
-  integers = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment_ids")}
+def _padding(length: int, config: DataConfig) -> Batch:
+  names = ("tokens", "targets", *(("segment_ids",) if config.split_documents else ()))
+  integers = {name: np.zeros(length, np.int32) for name in names}
   return integers | dict(weights=np.zeros(length, np.float32))
 
 

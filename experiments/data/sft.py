@@ -1,9 +1,10 @@
 """Prompts with answers, for fine-tuning: only the answers are learned.
 
 An example is prompt + answer + end id. A row holds one example (the layout of RAT's fine-tuning),
-or with `sft_pack` as many as fit, each a segment of its own. Inputs are all tokens of an example
-but the last one, targets the tokens after them; of these the answer and the end id have weight 1.
-What is left of a row is padding: end ids of segment 0 and weight 0.
+or with `sft_pack` as many as fit, each a segment of its own; only then are there segment_ids.
+Inputs are all tokens of an example but the last one, targets the tokens after them; of these the
+answer and the end id have weight 1. What is left of a row is padding: end ids of weight 0, and of
+segment 0.
 
 Prompt and answer of more than T - 1 tokens, T the length of a row, lose their middle: the first
 (T - 1) // 2 tokens stay, and as many of the last as fill T - 1. So question and answer survive a
@@ -209,6 +210,7 @@ class _Rows:
 
   def __init__(self, split: PairSplit, end_id: int, config: DataConfig):
     self._split, self._end_id, self._length = split, end_id, config.sequence_length
+    self._packed = config.sft_pack
     self._rows: Sequence[Sequence[int]] = [[number] for number in range(len(split))]
     if config.sft_pack:
       # Of n tokens n - 1 are inputs; one is the end id, not counted in `starts`.
@@ -225,14 +227,17 @@ class _Rows:
       tokens=np.full(self._length, self._end_id, np.int32),
       targets=np.full(self._length, self._end_id, np.int32),
       weights=np.zeros(self._length, np.float32),
-      segment_ids=np.zeros(self._length, np.int32),
     )
+    if self._packed:
+      row["segment_ids"] = np.zeros(self._length, np.int32)
     at, examples = 0, self._rows[number] if number < len(self) else ()
     for segment, example in enumerate(examples, 1):
       tokens, learned = self._split.sequence(example, self._length, self._end_id)
       part = slice(at, at + len(tokens) - 1)
       row["tokens"][part], row["targets"][part] = tokens[:-1], tokens[1:]
-      row["weights"][part], row["segment_ids"][part] = learned[1:], segment
+      row["weights"][part] = learned[1:]
+      if self._packed:
+        row["segment_ids"][part] = segment
       at = part.stop
     return row
 
