@@ -27,7 +27,7 @@ CASES = (
   _case("chunks_of_one", ("ci",), 1, 20, 2, 8, 1, output=False),
   _case("whole_chunks", ("ci",), 2, 64, 4, 16, 16, groups=2),
   _case("partial_chunk", ("ci",), 1, 45, 4, 8, 4, groups=2),
-  _case("one_chunk", ("ci",), 1, 40, 2, 8, 40),
+  _case("one_chunk", ("ci",), 1, 24, 2, 8, 24),
   _case("odd_chunk_no_rotary", ("ci",), 1, 50, 2, 7, 3, rotary=False),
   _case("from_a_state", ("ci",), 3, 40, 2, 8, 4, state=22),
   _case("packed", ("ci",), 3, 90, 4, 8, 4, groups=2, segments="packed", state=13),

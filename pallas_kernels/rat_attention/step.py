@@ -38,15 +38,17 @@ def rat_attention_step(
 
   turn = rotary_tables(chunk[:, None], dim, rotary_base, wide)  # [B, 1, K / 2]
   q, rotated = rotate(q, turn), rotate(running_key, turn)
-  scores = jnp.einsum("bhk,bshk->bhs", q.astype(state.key.dtype), state.key,
-                      preferred_element_type=wide)  # fmt: skip
-  seen = (jnp.arange(slots) < chunk[:, None])[:, None]
+  # Products and sums, not einsum: one query a head is no matrix, and the cache is read as it lies.
+  scores = dim**-0.5 * jnp.sum(q[:, None] * state.key.astype(wide), -1)  # [B, S, H]
+  seen = (jnp.arange(slots) < chunk[:, None])[..., None]
   scores = jnp.where(seen, scores, -jnp.inf)
-  own = jnp.sum(q * rotated, -1, keepdims=True)
-  weights = jax.nn.softmax(jnp.concatenate([scores, own], -1) * dim**-0.5, -1)
-  output = jnp.einsum("bhs,bshk->bhk", weights[..., :-1].astype(state.value.dtype), state.value,
-                      preferred_element_type=wide)  # fmt: skip
-  output += weights[..., -1:] * running_value
+  own = dim**-0.5 * jnp.sum(q * rotated, -1)  # [B, H]
+  top = jnp.maximum(jnp.max(scores, 1), own)
+  weights, own = jnp.exp(scores - top[:, None]), jnp.exp(own - top)
+  output = (
+    jnp.sum(weights[..., None] * state.value.astype(wide), 1) + own[..., None] * running_value
+  )
+  output /= (jnp.sum(weights, 1) + own)[..., None]
   if output_logits is not None:
     output *= jax.nn.sigmoid(output_logits.astype(wide))
 
