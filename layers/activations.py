@@ -19,6 +19,7 @@ def _exp(x: jax.Array) -> jax.Array:
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "identity": _identity,
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
   "relu": jax.nn.relu,
   "elu": jax.nn.elu,
   "sigmoid": jax.nn.sigmoid,

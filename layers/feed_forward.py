@@ -44,7 +44,10 @@ class GatedLinearUnit(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-  """y = f(x W_1) W_2. With f = "gelu" (the exact one, by erf) the feed-forward of RAT."""
+  """y = f(x W_1) W_2. With f = "gelu" (the exact one, by erf) RAT's, with "gelu_tanh" GPT-2's.
+
+  `down_init` draws W_2, if it differs from `init`.
+  """
 
   def __init__(
     self,
@@ -54,14 +57,15 @@ class FeedForward(nnx.Module):
     activation: str = "gelu",
     use_bias: bool = False,
     init: nnx.Initializer,
+    down_init: nnx.Initializer | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.activation = activation
-    kwargs = dict(use_bias=use_bias, init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.fc1 = dense(features, hidden, ("embed", "mlp"), **kwargs)
-    self.fc2 = dense(hidden, features, ("mlp", "embed"), **kwargs)
+    kwargs = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
+    self.fc2 = dense(hidden, features, ("mlp", "embed"), init=down_init or init, **kwargs)
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     hidden = activation(self.activation)(self.fc1(x))

@@ -4,12 +4,14 @@ from .based import BasedConfig
 from .models import build, create, get_config, list_models
 from .mqar import MQARConfig
 from .rat import RatConfig
+from .softplus import SoftplusConfig
 from .transnormer import TransNormerConfig
 
 __all__ = [
   "BasedConfig",
   "MQARConfig",
   "RatConfig",
+  "SoftplusConfig",
   "TransNormerConfig",
   "build",
   "create",

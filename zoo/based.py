@@ -13,7 +13,6 @@ not here: a selective state space is none of the mixers of this zoo.
 import dataclasses
 import math
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ..layers import (
@@ -29,8 +28,8 @@ from ..layers import (
   TaylorMixerConfig,
   activation,
 )
+from .decoders import check_dtypes, check_sizes, decoder, dtypes_of, refuse
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("conv", "linear", "sliding", "attention")
 
 
@@ -75,27 +74,19 @@ class BasedConfig:
     for name in ("linear_layers", "sliding_layers"):  # JSON has lists
       object.__setattr__(self, name, tuple(getattr(self, name)))
       if not all(0 <= layer < self.num_layers for layer in getattr(self, name)):
-        self._fail(name, f"lie in [0, {self.num_layers})", "layers are counted from 0")
+        refuse(self, name, f"lie in [0, {self.num_layers})", "layers are counted from 0")
     sizes = ("vocab_size", "features", "num_layers", "heads", "glu_dim", "loss_chunk")
-    for name in (*sizes, "feature_dim", "window_size"):
-      if getattr(self, name) < 1:
-        self._fail(name, "be at least 1", "a size")
+    check_sizes(self, *sizes, "feature_dim", "window_size")
     if self.features % self.heads:
-      self._fail("features", f"be a multiple of heads ({self.heads})", "heads have equal width")
+      refuse(self, "features", f"be a multiple of heads ({self.heads})", "heads have equal width")
     if self.linear_head_dim is None and self.features % (self.linear_heads or self.heads):
-      self._fail("linear_heads", "divide features", "or give linear_head_dim")
+      refuse(self, "linear_heads", "divide features", "or give linear_head_dim")
     if self.other_layers not in MIXERS:
-      self._fail("other_layers", f"be one of {MIXERS}", "released models use 'conv'")
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in _DTYPES:
-        self._fail(name, f"be one of {_DTYPES}", "numbers are added up in float32 all the same")
+      refuse(self, "other_layers", f"be one of {MIXERS}", "released models use 'conv'")
+    check_dtypes(self)
     activation(self.glu_activation)  # these three raise for what is unknown or does not fit
     for make in (self.linear, self.sliding, self.conv):
       make()
-
-  def _fail(self, name, rule, hint):
-    got = repr(getattr(self, name))
-    raise ValueError(f"BasedConfig: {name} must {rule}; got {got} ({hint})")
 
   @property
   def out_stddev(self) -> float:
@@ -159,20 +150,9 @@ def build(config: BasedConfig, rngs: nnx.Rngs) -> DecoderLM:
   Projections back into the residual stream have 0.02 / sqrt(2 layers), convolutions are uniform in
   +-1/sqrt(taps), biases 0 and norms 1.
   """
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  wide = jnp.promote_types(config.dtype, jnp.float32)
-  return DecoderLM(
-    [_block(config, layer, dtypes, rngs) for layer in range(config.num_layers)],
-    _norm(config, dtypes),
-    vocab_size=config.vocab_size,
-    features=config.features,
-    init_stddev=config.init_stddev,
-    remat=config.remat,
-    loss_chunk=config.loss_chunk,
-    residual_dtype=wide if config.residual_in_float32 else None,
-    rngs=rngs,
-    **dtypes,
-  )
+  dtypes = dtypes_of(config)
+  blocks = [_block(config, layer, dtypes, rngs) for layer in range(config.num_layers)]
+  return decoder(config, blocks, _norm(config, dtypes), rngs)
 
 
 def _block(config: BasedConfig, layer: int, dtypes: dict, rngs: nnx.Rngs) -> Block:

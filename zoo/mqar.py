@@ -13,7 +13,6 @@ numbers) and on attention weights.
 import dataclasses
 import math
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ..layers import (
@@ -28,8 +27,8 @@ from ..layers import (
   TaylorMixerConfig,
 )
 from ..pallas_kernels.taylor_attention.features import feature_count
+from .decoders import check_dtypes, check_sizes, decoder, dtypes_of, refuse
 
-_DTYPES = ("float32", "bfloat16", "float64")
 MIXERS = ("conv", "taylor", "sliding", "attention")
 
 
@@ -55,22 +54,14 @@ class MQARConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "mixers", tuple(self.mixers))  # JSON has lists
-    for name in ("features", "feature_dim", "vocab_size", "heads", "kernel_size", "loss_chunk"):
-      if getattr(self, name) < 1:
-        self._fail(name, "be at least 1", "a size")
+    check_sizes(self, "features", "feature_dim", "vocab_size", "heads", "kernel_size", "loss_chunk")
     if not self.mixers or not set(self.mixers) <= set(MIXERS):
-      self._fail("mixers", f"be one or more of {MIXERS}", "one per layer")
+      refuse(self, "mixers", f"be one or more of {MIXERS}", "one per layer")
     if self.features % self.heads:
-      self._fail("features", f"be a multiple of heads ({self.heads})", "heads have equal width")
+      refuse(self, "features", f"be a multiple of heads ({self.heads})", "heads have equal width")
     if self.window < 0:
-      self._fail("window", "be at least 0", "0: a token sees itself alone")
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in _DTYPES:
-        self._fail(name, f"be one of {_DTYPES}", "the experiment is in float32")
-
-  def _fail(self, name, rule, hint):
-    got = repr(getattr(self, name))
-    raise ValueError(f"MQARConfig: {name} must {rule}; got {got} ({hint})")
+      refuse(self, "window", "be at least 0", "0: a token sees itself alone")
+    check_dtypes(self)
 
 
 def build(config: MQARConfig, rngs: nnx.Rngs) -> DecoderLM:
@@ -80,20 +71,10 @@ def build(config: MQARConfig, rngs: nnx.Rngs) -> DecoderLM:
   that of "taylor" is not, because it has another name there.
   """
   c = config
-  dtypes = dict(dtype=jnp.dtype(c.dtype), param_dtype=jnp.dtype(c.param_dtype))
+  dtypes = dtypes_of(c)
   norm = lambda: LayerNorm(c.features, eps=c.norm_eps, param_dtype=dtypes["param_dtype"])  # noqa: E731
   blocks = [Block(_mixer(c, kind, dtypes, rngs), Identity(), norm(), norm()) for kind in c.mixers]
-  return DecoderLM(
-    blocks,
-    norm(),
-    vocab_size=c.vocab_size,
-    features=c.features,
-    init_stddev=c.init_stddev,
-    remat=c.remat,
-    loss_chunk=c.loss_chunk,
-    rngs=rngs,
-    **dtypes,
-  )
+  return decoder(c, blocks, norm(), rngs)
 
 
 def _mixer(config: MQARConfig, kind: str, dtypes: dict, rngs: nnx.Rngs) -> nnx.Module:

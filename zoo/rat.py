@@ -9,7 +9,6 @@ positions. Where the paper and the released code differ, the defaults follow the
 
 import dataclasses
 
-import jax.numpy as jnp
 from flax import nnx
 
 from ..layers import (
@@ -24,8 +23,8 @@ from ..layers import (
   RecurrentMixerConfig,
   RMSNorm,
 )
+from .decoders import check_dtypes, check_sizes, decoder, dtypes_of, refuse
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 MIXERS = ("rat", "attention", "rnn")
 OTHER_MIXERS = (None, "local")
 
@@ -59,26 +58,18 @@ class RatConfig:
 
   def __post_init__(self):
     sizes = ("vocab_size", "features", "num_layers", "heads", "interleave_step", "loss_chunk")
-    for name in (*sizes, "window_size"):
-      if getattr(self, name) < 1:
-        self._fail(name, "be at least 1", "a size")
+    check_sizes(self, *sizes, "window_size")
     if self.hidden is not None and self.hidden < 1:
-      self._fail("hidden", "be at least 1", "None for 4 features")
+      refuse(self, "hidden", "be at least 1", "None for 4 features")
     if self.features % self.heads:
-      self._fail("features", f"be a multiple of heads ({self.heads})", "heads have equal width")
+      refuse(self, "features", f"be a multiple of heads ({self.heads})", "heads have equal width")
     if self.mixer not in MIXERS:
-      self._fail("mixer", f"be one of {MIXERS}", "'rat' is the paper's own")
+      refuse(self, "mixer", f"be one of {MIXERS}", "'rat' is the paper's own")
     if self.other_mixer not in OTHER_MIXERS:
-      self._fail("other_mixer", f"be one of {OTHER_MIXERS}", "None for equal blocks")
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in _DTYPES:
-        self._fail(name, f"be one of {_DTYPES}", "numbers are added up in float32 all the same")
+      refuse(self, "other_mixer", f"be one of {OTHER_MIXERS}", "None for equal blocks")
+    check_dtypes(self)
     for kind in {self.mixer_of(layer) for layer in range(self.num_layers)}:
       getattr(self, kind)()  # these raise for what does not fit
-
-  def _fail(self, name, rule, hint):
-    got = repr(getattr(self, name))
-    raise ValueError(f"RatConfig: {name} must {rule}; got {got} ({hint})")
 
   @property
   def feed_forward_dim(self) -> int:
@@ -126,20 +117,9 @@ class RatConfig:
 
 def build(config: RatConfig, rngs: nnx.Rngs) -> DecoderLM:
   """The model with freshly drawn weights: N(0, 0.02^2), norms 1, gates as `RatMixer` says."""
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  wide = jnp.promote_types(config.dtype, jnp.float32)
-  return DecoderLM(
-    [_block(config, layer, dtypes, rngs) for layer in range(config.num_layers)],
-    _norm(config, dtypes),
-    vocab_size=config.vocab_size,
-    features=config.features,
-    init_stddev=config.init_stddev,
-    remat=config.remat,
-    loss_chunk=config.loss_chunk,
-    residual_dtype=wide if config.residual_in_float32 else None,
-    rngs=rngs,
-    **dtypes,
-  )
+  dtypes = dtypes_of(config)
+  blocks = [_block(config, layer, dtypes, rngs) for layer in range(config.num_layers)]
+  return decoder(config, blocks, _norm(config, dtypes), rngs)
 
 
 def _block(config: RatConfig, layer: int, dtypes: dict, rngs: nnx.Rngs) -> Block:

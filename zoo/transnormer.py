@@ -8,7 +8,6 @@ released checkpoints, and the other reading is a field of the configuration.
 import dataclasses
 import math
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,8 +21,8 @@ from ..layers import (
 )
 from ..layers.norms import make_norm
 from ..pallas_kernels.lightning_attention.decay import LADDERS, decay_rates
+from .decoders import check_dtypes, check_sizes, decoder, dtypes_of, refuse
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 LRPE_LAYERS = ("first", "all", "all_but_first", "none")
 
 
@@ -62,26 +61,18 @@ class TransNormerConfig:
   chunk_size: int | None = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "features", "num_layers", "heads", "glu_dim", "loss_chunk"):
-      if getattr(self, name) < 1:
-        self._fail(name, "be at least 1", "a size")
+    check_sizes(self, "vocab_size", "features", "num_layers", "heads", "glu_dim", "loss_chunk")
     if self.features % self.heads:
-      self._fail("features", f"be a multiple of heads ({self.heads})", "heads have equal width")
+      refuse(self, "features", f"be a multiple of heads ({self.heads})", "heads have equal width")
     if self.lrpe_layers not in LRPE_LAYERS:
-      self._fail("lrpe_layers", f"be one of {LRPE_LAYERS}", "the released models use 'first'")
+      refuse(self, "lrpe_layers", f"be one of {LRPE_LAYERS}", "the released models use 'first'")
     if self.decay_ladder not in LADDERS:
-      self._fail("decay_ladder", f"be one of {LADDERS}", "the released models use 'alibi'")
+      refuse(self, "decay_ladder", f"be one of {LADDERS}", "the released models use 'alibi'")
     for name in ("activation", "value_activation", "gate_activation", "glu_activation"):
       activation(getattr(self, name))  # raises for an unknown one
-    for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in _DTYPES:
-        self._fail(name, f"be one of {_DTYPES}", "numbers are added up in float32 all the same")
+    check_dtypes(self)
     if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
-      self._fail("pad_id", f"lie in [0, {self.vocab_size})", "None for no padding token")
-
-  def _fail(self, name, rule, hint):
-    got = repr(getattr(self, name))
-    raise ValueError(f"TransNormerConfig: {name} must {rule}; got {got} ({hint})")
+      refuse(self, "pad_id", f"lie in [0, {self.vocab_size})", "None for no padding token")
 
   @property
   def head_dim(self) -> int:
@@ -95,21 +86,11 @@ class TransNormerConfig:
 
 def build(config: TransNormerConfig, rngs: nnx.Rngs) -> DecoderLM:
   """The model with freshly drawn weights: N(0, 0.02^2) everywhere, biases 0, LRPE ladder."""
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+  dtypes = dtypes_of(config)
   blocks = [_block(config, layer, dtypes, rngs) for layer in range(config.num_layers)]
-  return DecoderLM(
-    blocks,
-    _norm(config, dtypes),
-    vocab_size=config.vocab_size,
-    features=config.features,
-    embedding_scale=math.sqrt(config.features) if config.scale_embedding else 1.0,
-    pad_id=config.pad_id,
-    init_stddev=config.init_stddev,
-    remat=config.remat,
-    loss_chunk=config.loss_chunk,
-    rngs=rngs,
-    **dtypes,
-  )
+  scale = math.sqrt(config.features) if config.scale_embedding else 1.0
+  more = dict(embedding_scale=scale, pad_id=config.pad_id)
+  return decoder(config, blocks, _norm(config, dtypes), rngs, **more)
 
 
 def _block(config: TransNormerConfig, layer: int, dtypes: dict, rngs: nnx.Rngs) -> Block:
