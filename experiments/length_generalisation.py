@@ -1,6 +1,6 @@
 """Trains models on short rows and measures their loss on rows several times as long.
 
-  python -m attnzoo.experiments.length_generalisation            (ten minutes on two cores)
+  python -m attnzoo.experiments.length_generalisation            (a quarter of an hour on two cores)
   make length-generalisation ARGS="--steps=2000 --workdir=runs/length_long"
   python -m attnzoo.experiments.length_generalisation --models=rat,rat-nope,attention --length=512
 
@@ -13,7 +13,6 @@ quarter of a training length, read with ever more of what is before them. The lo
 the longest rows is drawn as well; there every position has other tokens.
 """
 
-import hashlib
 import json
 import pathlib
 import time
@@ -26,7 +25,7 @@ from attnzoo.experiments import command_line
 from attnzoo.experiments.benchmarking.report import environment
 from attnzoo.experiments.data import DataConfig, load_data
 from attnzoo.experiments.lengths import generalisation_report as report
-from attnzoo.experiments.training import by_position, config, loop
+from attnzoo.experiments.training import by_position, config, loop, stored
 from attnzoo.zoo import models
 
 # Series -> (preset at laptop size, fields that differ).
@@ -72,7 +71,7 @@ def main(_) -> None:
   for number, (name, experiment) in enumerate(experiments.items(), 1):
     identity = _identity(name, experiment)
     file = workdir / "points" / f"{identity}.json"
-    record = _stored(file)
+    record = stored.read(file)
     if record is None:
       print(f"{number}/{len(experiments)}  {name}", flush=True)
       if rows is None:
@@ -80,9 +79,7 @@ def main(_) -> None:
         longest = _LENGTH.value * _TIMES.value
         rows = by_position.whole_rows(data, experiment.data, longest, _ROWS.value)
       record = dict(series=name, **_measured(experiment, workdir / identity, *rows))
-      draft = file.with_suffix(".draft")
-      draft.write_text(json.dumps(record) + "\n")
-      draft.replace(file)
+      stored.write(file, record)
     print(f"{number}/{len(experiments)}  {report.line(record)}", flush=True)
     records.append(record)
   print()
@@ -175,16 +172,7 @@ def _measured(experiment: config.Experiment, folder: pathlib.Path, tokens, targe
 def _identity(name: str, experiment: config.Experiment) -> str:
   """Names a run after its series and, in short, everything that decides its result."""
   raw = config.to_json_dict(experiment)
-  digest = hashlib.sha256(json.dumps([raw, _TIMES.value, _ROWS.value]).encode()).hexdigest()
-  return f"{name}-{digest[:8]}"
-
-
-def _stored(file: pathlib.Path) -> dict[str, Any] | None:
-  """The record of a finished model; None where there is none that can be read."""
-  try:
-    return json.loads(file.read_text())
-  except (OSError, ValueError):
-    return None
+  return f"{name}-{stored.digest([raw, _TIMES.value, _ROWS.value])}"
 
 
 if __name__ == "__main__":

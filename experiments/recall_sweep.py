@@ -9,8 +9,6 @@ recall.md, recall.png and recall.json into the workdir, the published figures be
 measured. A finished point is stored in points/ and not trained again; delete its file to do so.
 """
 
-import hashlib
-import json
 import pathlib
 import re
 import time
@@ -26,7 +24,7 @@ from attnzoo.experiments.data.mqar import segments_of
 from attnzoo.experiments.recall import points, report
 from attnzoo.experiments.recall.tasks import TASKS, Task
 from attnzoo.experiments.recall.training import Trained, train_point
-from attnzoo.experiments.training import config, reports
+from attnzoo.experiments.training import config, reports, stored
 
 _TASK = flags.DEFINE_enum("task", "small", list(TASKS), "Size of examples and models.")
 _SERIES = flags.DEFINE_list("series", list(points.SERIES), "Kinds of models.")
@@ -54,7 +52,7 @@ def main(_) -> None:
   for number, point in enumerate(wanted, 1):
     name = f"{number}/{len(wanted)}  {points.SERIES[point.series].label}, {point.size}"
     file = folder / f"{_file_name(point, task)}.json"
-    record = _stored(file)
+    record = stored.read(file)
     if record is None:
       if examples is None:
         examples = load_data(task.data)
@@ -63,9 +61,7 @@ def main(_) -> None:
       start = time.monotonic()
       trained = train_point(point.model, task, examples, seeds=_SEEDS.value)
       record = _record(point, task, trained, time.monotonic() - start)
-      draft = file.with_suffix(".draft")
-      draft.write_text(json.dumps(record) + "\n")
-      draft.replace(file)
+      stored.write(file, record)
     accuracy = record["best"]["recall"]["accuracy"]
     print(f"{name}: recall {accuracy:.3f} with {record['bytes']:,} bytes", flush=True)
     records.append(record)
@@ -123,17 +119,8 @@ def _file_name(point: points.Point, task: Task) -> str:
   """Names the point and, in short, everything that decides its result."""
   identity = [_SEEDS.value, task.learning_rates, task.enough]
   identity.append(config.to_json_dict(task.experiment(point.model)))
-  digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
   words = point.size.replace(",", "").replace(" ", "-")
-  return f"{point.series}-{words}-{digest[:8]}"
-
-
-def _stored(file: pathlib.Path) -> dict[str, Any] | None:
-  """The record of a finished point; None where there is none that can be read."""
-  try:
-    return json.loads(file.read_text())
-  except (OSError, ValueError):
-    return None
+  return f"{point.series}-{words}-{stored.digest(identity)}"
 
 
 def _record(

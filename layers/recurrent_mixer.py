@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels import linear_recurrence
+from ..pallas_kernels.segments import starts, zero_padding
 from .partitioning import constrain, logical
 from .projections import HeadsIn, HeadsOut
 from .rat_mixer import initial_gate_bias
@@ -85,7 +86,7 @@ class RecurrentMixer(nnx.Module):
     del positions, deterministic  # there are no positions, and nothing here is random
     before = (self.init_state(x.shape[0]) if state is None else state).running_value
     output_gate, value, gate = self._project(x)  # [B, T, H, K] each
-    kept = gate if segment_ids is None else jnp.where(_starts(segment_ids), 0, gate)
+    kept = gate if segment_ids is None else jnp.where(starts(segment_ids)[..., None, None], 0, gate)
     added = (1 - gate) * value
     added = added.at[:, 0].add(kept[:, 0] * before)  # the past enters with the first token
     # One token needs the one before it, whichever device has it: the length is not split here.
@@ -97,7 +98,7 @@ class RecurrentMixer(nnx.Module):
       last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
       after = jnp.take_along_axis(running, last, axis=1)[:, 0]
       after = jnp.where((lengths == 0)[:, None, None], before, after)
-      output *= (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
+      output = zero_padding(output, lengths)
     output = constrain(output.astype(self.dtype), "batch", "length", "heads", None)
     return self.heads_out(output), RecurrentState(after)
 
@@ -116,9 +117,3 @@ class RecurrentMixer(nnx.Module):
 
   def _wide(self):
     return jnp.promote_types(self.dtype, jnp.float32)
-
-
-def _starts(segment_ids):
-  """Whether a token is the first of a document that began after the first token, [B, T, 1, 1]."""
-  starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-  return starts[..., None, None]

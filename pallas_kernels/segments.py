@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def run_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -10,8 +10,15 @@ def run_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
   Ids may repeat later in a row (0 0 1 0); after this they do not, so equal means same document.
   """
-  changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-  return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+  return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """Whether a token is the first of its document; False for the first of the row, which may not be.
+
+  The document of a row's first token may have begun in an earlier call.
+  """
+  return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def last_segment(segment_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Int[Array, " B"]:
@@ -30,6 +37,16 @@ def pad_length(array: jax.Array, multiple: int, axis: int = 1, value: int = 0) -
   return jnp.pad(array, widths, constant_values=value)
 
 
+def zero_padding(
+  output: Float[Array, "B T H V"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B T H V"]:
+  """0 at and after each row's length. No real token sees padding, so nothing else need know."""
+  if lengths is None:
+    return jnp.asarray(output)
+  real = jnp.arange(output.shape[1]) < lengths[:, None]
+  return jnp.where(real[..., None, None], output, jnp.zeros((), output.dtype))
+
+
 def count_seen(
   segments: Int[Array, "B T"] | None, before: Int[Array, " B"] | None, length: int
 ) -> Int[Array, "P T"]:
@@ -40,8 +57,7 @@ def count_seen(
   index = jnp.arange(1, length + 1, dtype=jnp.int32)
   if segments is None:
     return index[None] + (0 if before is None else before[:, None])
-  starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-  start = jax.lax.cummax(jnp.where(starts, index - 1, 0), axis=1)
+  start = jax.lax.cummax(jnp.where(starts(segments), index - 1, 0), axis=1)
   return index - start + (0 if before is None else jnp.where(segments == 0, before[:, None], 0))
 
 

@@ -42,6 +42,27 @@ def empty_state(batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.flo
   return RatState(summaries, summaries, running, running, jnp.zeros((batch,), jnp.int32))
 
 
+def state_of_chunks(
+  key: Float[Array, "B S H K"],
+  value: Float[Array, "B S H K"],
+  running_key: Float[Array, "B H K"],
+  running_value: Float[Array, "B H K"],
+  lengths: Int[Array, " B"] | None,
+  length: int,
+  chunk_size: int,
+) -> RatState:
+  """The state of rows of one document that began here, from the summaries of all their chunks.
+
+  Of the summaries those are kept that lie before a row's length.
+  """
+  batch, slots = key.shape[:2]
+  position = jnp.full((batch,), length) if lengths is None else jnp.clip(lengths, 0, length)
+  if lengths is not None or length < chunk_size:
+    filled = (jnp.arange(slots) < (position // chunk_size)[:, None])[..., None, None]
+    key, value = (jnp.where(filled, x, 0) for x in (key, value))
+  return RatState(key, value, running_key, running_value, position.astype(jnp.int32))
+
+
 def find_places(
   segments: Int[Array, "B T"] | None, position: Int[Array, " B"], length: int, chunk_size: int
 ) -> Places:

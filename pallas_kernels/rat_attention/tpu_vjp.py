@@ -9,9 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..rotary import rotary_tables
-from ..segments import pad_length
+from ..segments import pad_length, zero_padding
 from . import tpu, tpu_attend, tpu_backward, tpu_rows, tpu_tuning
-from .state import RatState
+from .state import RatState, state_of_chunks
 from .tpu_rows import Plan
 from .xla import rat_attention_xla, recurrence_terms, run_recurrences
 
@@ -71,11 +71,9 @@ def rat_attention_tpu(
     softmax = functools.partial(tpu_attend.attend_tpu, interpret=interpret)
     return rat_attention_xla(*tokens, *options, attend=softmax)
   output, *summaries = _aligned(plan, *tokens, chunk_size, rotary_base)
-  if lengths is not None:
-    real = jnp.arange(value.shape[1]) < lengths[:, None]
-    output = jnp.where(real[..., None, None], output, 0)
   running = _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size)
-  return output, _final_state(summaries, running, lengths, value.shape[1], chunk_size)
+  state = state_of_chunks(*summaries, *running, lengths, value.shape[1], chunk_size)
+  return zero_padding(output, lengths), state
 
 
 def fits(query, value, initial_state, segments, chunk_size) -> bool:
@@ -100,10 +98,11 @@ def _aligned(
   length, heads = value.shape[1:3]
   kernel = functools.partial(_to_kernel, plan, chunk_size)
   groups = [_group_tokens(plan, x) for x in (query, key)]
-  tokens = [*groups, value, gate_logits] + ([] if output_logits is None else [output_logits])
-  tokens = tuple(kernel(x, CLOSED if x is gate_logits else 0) for x in tokens)
+  plain = [*groups, value] if output_logits is None else [*groups, value, output_logits]
+  tokens = [kernel(x, 0) for x in plain]
+  tokens.insert(3, kernel(gate_logits, CLOSED))
   bias = _to_lanes(plan, gate_bias.astype(jnp.float32)).reshape(1, -1)
-  output, *summaries = _rat(tokens, bias, plan, rotary_base)
+  output, *summaries = _rat(tuple(tokens), bias, plan, rotary_base)
   slots = max(length // chunk_size, 1)
   summaries = [x[..., :slots, :].transpose(0, 3, 2, 1, 4) for x in summaries]
   summaries = [x.reshape(plan.batch, slots, heads, plan.width) for x in summaries]
@@ -128,15 +127,6 @@ def _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size):
   at = jnp.maximum(last - start, 0)[:, None, None, None]
   ends = [jnp.take_along_axis(x, at, axis=1)[:, 0] for x in running]
   return [jnp.where((last >= 0)[:, None, None], x, 0) for x in ends]
-
-
-def _final_state(summaries, running, lengths, length, chunk_size):
-  batch, slots = summaries[0].shape[:2]
-  position = jnp.full((batch,), length) if lengths is None else jnp.clip(lengths, 0, length)
-  filled = (jnp.arange(slots) < (position // chunk_size)[:, None])[..., None, None]
-  return RatState(
-    *(jnp.where(filled, x, 0) for x in summaries), *running, position.astype(jnp.int32)
-  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -169,9 +159,8 @@ def make_plan(query, value, output_logits, chunk_size, rotary_base, interpret) -
   """How the fused kernels would do it; None if heads, chunks or sequence are too long for them."""
   batch, length, heads, dim = value.shape
   width, fold = tpu_tuning.head_width(heads, dim)
-  if (
-    chunk_size > tpu_tuning.LONGEST_CHUNK or width > tpu_rows.LANES
-  ):  # loads with a stride have LANES lanes
+  # Loads with a stride have LANES lanes.
+  if chunk_size > tpu_tuning.LONGEST_CHUNK or width > tpu_rows.LANES:
     return None
   groups = query.shape[2] if query.shape[2] % fold else query.shape[2] // fold
   chunk = tpu_tuning.padded_chunk(chunk_size)

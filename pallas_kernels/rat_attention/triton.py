@@ -178,7 +178,7 @@ def attend_launch(problem: Problem, config: Config, statistics: bool) -> Launch:
 
 
 def backward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
-  """Adds the gradients; `finish_gradients` makes the last sums.
+  """Adds the gradients; `triton_vjp.finished` makes the last sums.
 
   Inputs: those of the forward pass, its results but `own_value`, d_output, and the cotangents of
   the final state d_state_key, d_state_value, d_running_key, d_running_value.

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..rotary import rotary_tables, rotate
+from ..segments import zero_padding
 from ..triton_call import run_launches, target_gpu
-from .state import RatState
+from .state import RatState, state_of_chunks
 from .triton import (
   MAX_DIM,
   MIN_CAPABILITY,
@@ -104,16 +105,12 @@ def with_state(
 ) -> tuple[Float[Array, "B T H K"], RatState]:
   """(output, final state) from `_aligned`'s results, without what is behind a row's last token."""
   output, keys, values, running_key, running_value = results
-  batch, slots = keys.shape[:2]
-  position = jnp.full((batch,), length) if lengths is None else jnp.clip(lengths, 0, length)
   if lengths is not None:
-    output *= (jnp.arange(length) < lengths[:, None])[..., None, None]
-    filled = jnp.arange(slots) < (position // chunk_size)[:, None]
-    keys, values = (jnp.where(filled[..., None, None], x, 0) for x in (keys, values))
-    some = (position > 0)[:, None, None]
+    some = (lengths > 0)[:, None, None]
     running_key, running_value = (jnp.where(some, x, 0) for x in (running_key, running_value))
-  state = RatState(keys, values, running_key, running_value, position.astype(jnp.int32))
-  return output.astype(results[0].dtype), state
+  sums = (running_key, running_value)
+  state = state_of_chunks(keys, values, *sums, lengths, length, chunk_size)
+  return zero_padding(output, lengths), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))

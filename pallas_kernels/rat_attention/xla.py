@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..rotary import rotary_tables, rotate
+from ..segments import zero_padding
 from .attend import attend
 from .recurrence import linear_recurrence
 from .state import Places, RatState, find_places
@@ -57,8 +58,7 @@ def rat_attention_xla(
   output = attend(scaled, *summaries, own_score, running_value, places.first, places.own)
   if output_logits is not None:
     output *= jax.nn.sigmoid(output_logits.astype(wide))
-  if lengths is not None:
-    output *= (jnp.arange(length) < lengths[:, None])[..., None, None]
+  output = zero_padding(output, lengths)
   state = _final_state(
     summaries, running, places, initial_state, position, segments, lengths, chunk_size
   )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import checks
-from ..segments import run_index
-from .history import extend, zero_padding
+from ..segments import run_index, zero_padding
+from .history import extend
 from .kernels import attend_cudnn, attend_tpu, check_tokens, choose
 from .reference import attention_reference
 from .window import WindowState, empty_window, oldest_first, slot_numbers, window_after

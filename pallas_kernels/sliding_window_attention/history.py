@@ -70,16 +70,6 @@ def final_document(
   return stop, document, here + jnp.where(document == 0, before, 0)
 
 
-def zero_padding(
-  output: Float[Array, "B T H V"], lengths: Int[Array, " B"] | None
-) -> Float[Array, "B T H V"]:
-  """0 at and after each row's length. No real token sees padding, so nothing else need know."""
-  if lengths is None:
-    return output
-  real = jnp.arange(output.shape[1]) < lengths[:, None]
-  return jnp.where(real[..., None, None], output, jnp.zeros((), output.dtype))
-
-
 def group_queries(query: jax.Array, kv_heads: int) -> jax.Array:
   """[..., H, K] -> [..., G, H / G, K]: query head h uses key head h // (H / G)."""
   *rest, heads, dim = query.shape

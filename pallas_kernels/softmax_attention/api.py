@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import checks
-from ..segments import run_index
-from ..sliding_window_attention.history import extend, zero_padding
+from ..segments import run_index, zero_padding
+from ..sliding_window_attention.history import extend
 from ..sliding_window_attention.kernels import (
   attend_cudnn,
   attend_tpu,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .. import checks, compat
-from ..segments import count_seen, count_total, run_index
-from ..sliding_window_attention.history import extend, zero_padding
+from ..segments import count_seen, count_total, run_index, zero_padding
+from ..sliding_window_attention.history import extend
 from ..softmax_attention.cache import (
   CacheState,
   cache_after,

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from ..dots import einsum_f32
 from ..mesh import Mesh
-from ..ring import ring_max, ring_sum
-from ..segments import count_seen, count_total, pad_length, run_index
+from ..ring import combine, ring_reduce
+from ..segments import count_seen, count_total, last_segment, pad_length, run_index
 from ..sliding_window_attention.history import group_queries
 from ..sliding_window_attention.sharding import over_mesh
 from ..softmax_attention.cache import CacheState, spoil_overflow
@@ -50,9 +50,10 @@ def sharded_softplus_attention(
 
   Equation, shapes, dtypes, results and gradients are those of `softplus_attention`; documents and
   padding may cross shards. Along batch and heads nothing is communicated. Along the sequence, W
-  shards of T / W tokens, keys and values of a shard go around the ring once for each stage and
-  again for its gradient, and every shard is computed with all others, whether it sees them or not;
-  the final cache is put together only if it is used. There the portable path is what runs.
+  shards of T / W tokens, keys and values of a shard go around the ring once for each stage (and for
+  the largest scores, where a variant needs them first), and again for its gradient. Every shard is
+  computed with all others, whether it sees them or not; the final cache is put together only if it
+  is used. There the portable path is what runs.
 
   Args:
     mesh: the mesh whose axes are named; None takes the one in force (`jax.set_mesh`).
@@ -126,15 +127,16 @@ def _sequence_shard(inputs, variant, chunk_size, axis):
   return output, after
 
 
-def _over_ring(function, local, fixed, *, axis, variant, sources, largest=False):
-  """`function` of every chunk of queries with the keys of every device, and of the state."""
+def _over_ring(function, local, fixed, *, axis, variant, sources):
+  """`function` of every chunk of queries with the keys of every device, and of the state.
+
+  It returns (what is summed over keys, what the largest is taken of); so does this.
+  """
   whole = functools.partial(_by_chunks, function, variant)
-  collect = ring_max if largest else ring_sum
-  result = collect(whole, axis, local, fixed, *sources[0])
+  result = ring_reduce(whole, axis, local, fixed, *sources[0])
   for moving, labels in sources[1:]:
-    part = whole(local, fixed, moving, labels)
-    result = jnp.maximum(result, part) if largest else jax.tree.map(jnp.add, result, part)
-  return jax.lax.stop_gradient(result) if largest else result
+    result = combine(result, whole(local, fixed, moving, labels))
+  return result
 
 
 def _by_chunks(function, variant, local, fixed, moving, labels):
@@ -155,15 +157,15 @@ def _stages(run, local, fixed, variant, dtype):
   """The weights' sums, stage by stage; what is largest in a row first, where it is needed."""
   c = variant
   if weights.needs_top(c):
-    local = local | dict(top=run(_top, local, fixed, largest=True))
+    local = local | dict(top=run(_top, local, fixed)[1])
   if c.power is None:
-    mixed, total = run(_first_and_mix, local, fixed)
+    (mixed, total), _ = run(_first_and_mix, local, fixed)
     return _divide(mixed, weights.first_total(total, local["count"], c), dtype)
-  total = weights.first_total(run(_first, local, fixed), local["count"], c)
-  largest = run(_largest, local, fixed, largest=True)
+  total, largest = run(_first, local, fixed)
+  total = weights.first_total(total, local["count"], c)
   rows = weights.second_stage(total, local["count"], largest, c)
   second = local | {n: x for n, x in rows._asdict().items() if n != "live"}
-  mixed, total = run(_second, second, fixed | dict(live=rows.live))
+  (mixed, total), _ = run(_second, second, fixed | dict(live=rows.live))
   return _divide(mixed, weights.second_total(total, rows, c), dtype)
 
 
@@ -172,26 +174,24 @@ def _values(scores, seen, own, c):
 
 
 def _top(scores, seen, own, where, value, c):
-  return jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
-
-
-def _largest(scores, seen, own, where, value, c):
-  return jnp.max(_values(scores, seen, own, c), -1, keepdims=True)
+  return (), jnp.max(jnp.where(seen, scores, -jnp.inf), -1, keepdims=True)
 
 
 def _first(scores, seen, own, where, value, c):
-  return jnp.sum(weights.sizes(_values(scores, seen, own, c), c), -1, keepdims=True)
+  values = _values(scores, seen, own, c)
+  total = jnp.sum(weights.sizes(values, c), -1, keepdims=True)
+  return total, jnp.max(values, -1, keepdims=True)
 
 
 def _first_and_mix(scores, seen, own, where, value, c):
   values = _values(scores, seen, own, c)
-  return _mix(values, value), jnp.sum(weights.sizes(values, c), -1, keepdims=True)
+  return (_mix(values, value), jnp.sum(weights.sizes(values, c), -1, keepdims=True)), ()
 
 
 def _second(scores, seen, own, where, value, c):
   rows = weights.SecondStage(own["mean"], own["taken"], own["divisor"], where["live"])
   raised = weights.raise_excess(_values(scores, seen, own, c), seen, rows, c)
-  return _mix(raised, value), jnp.sum(raised, -1, keepdims=True)
+  return (_mix(raised, value), jnp.sum(raised, -1, keepdims=True)), ()
 
 
 @jax.custom_vjp
@@ -245,8 +245,7 @@ def _state_after(key, value, number, documents, place, segments, lengths, state,
   stop = jnp.full((batch,), total) if lengths is None else jnp.clip(lengths, 0, total)
   final = jnp.zeros((batch,), jnp.int32)
   if segments is not None:
-    final = jnp.take_along_axis(segments, jnp.maximum(stop - 1, 0)[:, None], 1)[:, 0]
-    final = jnp.where(stop == 0, 0, final)
+    final = last_segment(segments, stop)
   kept = (documents == final[:, None]) & (place < stop[:, None])  # [B, t]
   here = jax.lax.psum(jnp.sum(kept, 1, dtype=jnp.int32), axis)
   count = here + jnp.where(final == 0, before, 0)

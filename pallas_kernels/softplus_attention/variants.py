@@ -54,11 +54,6 @@ class Variant:
     raise ValueError(f"Variant: {name} must {rule}; got {getattr(self, name)!r} ({hint})")
 
   @property
-  def bounded(self) -> bool:
-    """Scores are cosines times c, so that f of them neither overflows nor vanishes."""
-    return self.unit
-
-  @property
   def shifted(self) -> bool:
     """f may be taken relative to the row's largest score, because the sum is divided out."""
     exact = self.normalization == "l1" and self.epsilon == "none"

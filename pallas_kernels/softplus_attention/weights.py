@@ -46,8 +46,8 @@ class SecondStage(NamedTuple):
 
 def needs_top(variant: Variant) -> bool:
   """Whether `scored` is relative to the largest score of a row."""
-  c = variant
-  return c.shifted and not (c.score == "softplus" and c.bounded)
+  c = variant  # softplus of cosines times c neither overflows nor vanishes
+  return c.shifted and not (c.score == "softplus" and c.unit)
 
 
 def scored(

@@ -115,6 +115,15 @@ def schedules(code: str) -> dict[str, Schedule]:
     return found
 
 
+def check_schedule(found: dict[str, Schedule], kernel: str, limits: tuple[int, float, int]) -> None:
+  """The one kernel with `kernel` in its name keeps to (most cycles, least mxu, most spills)."""
+  (schedule,) = (schedule for name, schedule in found.items() if kernel in name)
+  cycles, mxu, spills = limits
+  assert schedule.cycles <= cycles, (kernel, schedule)
+  assert schedule.mxu >= mxu, (kernel, schedule)
+  assert schedule.spills <= spills, (kernel, schedule)
+
+
 def _read_schedule(file: pathlib.Path) -> Schedule:
   """Line 2 names the issue slots, line 3 how many of each there are, then one line a bundle."""
   lines = file.read_text().splitlines()
