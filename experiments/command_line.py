@@ -1,9 +1,11 @@
 """What the binaries share: config files by name, and errors that a user can read."""
 
+import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -43,6 +45,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(130)
 
   app.run(guarded, flags_parser=parse)
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+  """The value of flag `name`, a JSON object. Raises ValueError for anything else."""
+  try:
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+      raise ValueError("no object")
+  except ValueError as error:
+    raise ValueError(
+      f'--{name} must be a JSON object; got {text!r} ({error}; such as {{"features": 256}})'
+    ) from None
+  return fields
 
 
 def _leave(message: str) -> None:

@@ -18,6 +18,11 @@ from attnzoo.experiments.training.evaluation import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
+_MODEL_FIELDS = flags.DEFINE_string(
+  "model_fields",
+  "{}",
+  'Fields of the model to run it with, as JSON: {"variant": "softmax_rw_p15"}.',
+)
 _SPLIT = flags.DEFINE_string("split", "validation", "train, validation or test.")
 _DATA_PATH = flags.DEFINE_string("data_path", "", "Other text to evaluate on (file or folder).")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer.json is now.")
@@ -30,7 +35,8 @@ _JSON = flags.DEFINE_string("json", "", "Also write the result to this file.")
 
 
 def main(_) -> None:
-  run = runs.load(_WORKDIR.value, _STEP.value)
+  fields = command_line.json_object("model_fields", _MODEL_FIELDS.value)
+  run = runs.load(_WORKDIR.value, _STEP.value, fields)
   data = run.experiment.data
   if _DATA_PATH.value:
     source = "sft" if data.source == "sft" else "auto"  # prompts with answers are no text

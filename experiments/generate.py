@@ -19,6 +19,11 @@ from attnzoo.experiments.training import runs, state
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
+_MODEL_FIELDS = flags.DEFINE_string(
+  "model_fields",
+  "{}",
+  'Fields of the model to run it with, as JSON: {"variant": "softmax_rw_p15"}.',
+)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Where the run's tokenizer.json is now.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be given repeatedly.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A prompt per line; - reads the terminal.")
@@ -33,7 +38,8 @@ _IGNORE_END = flags.DEFINE_bool("ignore_end", False, "Go on after the end of a d
 def main(_) -> None:
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   texts = _prompts()
-  run = runs.load(_WORKDIR.value, _STEP.value)
+  fields = command_line.json_object("model_fields", _MODEL_FIELDS.value)
+  run = runs.load(_WORKDIR.value, _STEP.value, fields)
   tokenizer = runs.the_tokenizer(run, _TOKENIZER.value)
   opening = runs.opening(run.experiment.data, tokenizer)
   drawn = generate(

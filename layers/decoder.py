@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from .block import Block
 from .losses import LossSums, chunked_cross_entropy
 from .partitioning import constrain, logical
+from .positions import LearnedPositions, position_after, positions_from
 from .stacking import layer_places
 
 REMAT_POLICIES = {
@@ -25,6 +26,7 @@ class DecoderState(NamedTuple):
   """The states of every group's blocks; leaves have a leading layer axis."""
 
   groups: tuple[tuple[Any, ...], ...]
+  position: Int[Array, " B"]  # of the next token
 
 
 class DecoderLM(nnx.Module):
@@ -36,6 +38,9 @@ class DecoderLM(nnx.Module):
 
   Activations have `dtype`; the residual stream that the layers add to may be kept in a wider
   `residual_dtype`, which costs memory and lets no small addition be lost.
+
+  With `learned_positions` every position has a vector of its own, which is added to the token's;
+  at positions past the last one activations are NaN.
   """
 
   def __init__(
@@ -46,6 +51,7 @@ class DecoderLM(nnx.Module):
     vocab_size: int,
     features: int,
     embedding_scale: float = 1.0,
+    learned_positions: int | None = None,
     tied_head: bool = True,
     pad_id: int | None = None,
     init_stddev: float = 0.02,
@@ -70,6 +76,9 @@ class DecoderLM(nnx.Module):
     if pad_id is not None:
       table = table.at[pad_id].set(0)
     self.embedding = self._table(table)
+    more = dict(init=init, param_dtype=param_dtype, rngs=rngs)
+    count = learned_positions
+    self.positions = None if count is None else LearnedPositions(count, features, **more)
     self.head = None if tied_head else self._table(init(rngs.params(), table.shape, param_dtype))
     self.groups = nnx.List([nnx.List(group) for group in _stack(blocks)])
     self.final_norm = final_norm
@@ -82,7 +91,8 @@ class DecoderLM(nnx.Module):
       one = block.init_state(batch, max_length)
       return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), one)
 
-    return DecoderState(tuple(tuple(map(states, group)) for group in self.groups))
+    groups = tuple(tuple(map(states, group)) for group in self.groups)
+    return DecoderState(groups, jnp.zeros((batch,), jnp.int32))
 
   def layers(self) -> list[Block]:
     """The blocks in their order, each with its own variables (copies)."""
@@ -104,13 +114,21 @@ class DecoderLM(nnx.Module):
     state: DecoderState | None = None,
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B T D"], DecoderState]:
-    """Activations after the final norm, and the state after the last token."""
+    """Activations after the final norm, and the state after the last token.
+
+    Raises:
+      ValueError: more tokens than there are learned positions.
+    """
     options = dict(
       segment_ids=segment_ids, positions=positions, lengths=lengths, deterministic=deterministic
     )
-    x = self._embed(tokens)
-    x, state = self._run(x, state, lambda block, x, state: block(x, state=state, **options))
-    return self._final(x), state
+    batch, length = tokens.shape
+    before = jnp.zeros((batch,), jnp.int32) if state is None else state.position
+    if positions is None:
+      positions = positions_from(length, None if state is None else before)
+    x = self._embed(tokens, positions)
+    x, states = self._run(x, state, lambda block, x, state: block(x, state=state, **options))
+    return self._final(x), DecoderState(states, position_after(positions, lengths, before))
 
   def __call__(
     self, tokens: Int[Array, "B T"], **options
@@ -141,12 +159,12 @@ class DecoderLM(nnx.Module):
     self, tokens: Int[Array, " B"], state: DecoderState
   ) -> tuple[Float[Array, "B V"], DecoderState]:
     """(logits, new state) after one more token per row."""
-    x = self._embed(tokens)
-    x, state = self._run(x, state, lambda block, x, state: block.step(x, state), remat="none")
-    return self.logits(self._final(x)), state
+    x = self._embed(tokens, state.position)
+    x, states = self._run(x, state, lambda block, x, state: block.step(x, state), remat="none")
+    return self.logits(self._final(x)), DecoderState(states, state.position + 1)
 
   def _run(self, x, state, call, remat=None):
-    """All layers, `call(block, x, state) -> (x, state)` each; (x, their states)."""
+    """All layers, `call(block, x, state) -> (x, state)` each; (x, their states by groups)."""
     remat = self.remat if remat is None else remat
     new_states = []
     for n, group in enumerate(self.groups):
@@ -164,13 +182,15 @@ class DecoderLM(nnx.Module):
       inputs = [(variables, old) for (_, variables), old in zip(parts, before, strict=True)]
       x, after = jax.lax.scan(turn, x, inputs)
       new_states.append(after)
-    return x, DecoderState(tuple(new_states))
+    return x, tuple(new_states)
 
-  def _embed(self, tokens):
+  def _embed(self, tokens, positions):
     x = self.embedding[...][tokens].astype(self.residual_dtype)  # [B, T, D] or [B, D]
     if self.pad_id is not None:  # the row of the padding token learns through the head alone
       x = jnp.where((tokens == self.pad_id)[..., None], jax.lax.stop_gradient(x), x)
     x = x * jnp.asarray(self.embedding_scale, x.dtype)
+    if self.positions is not None:
+      x += self.positions(positions).astype(x.dtype)
     return constrain(x, "batch", "length", None) if x.ndim == 3 else x
 
   def _final(self, x):

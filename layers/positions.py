@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.rotary import rotary_tables, rotate
@@ -35,6 +36,32 @@ class LRPE(nnx.Module):
     self, x: Float[Array, "B T H K"], positions: Int[Array, "#B T"]
   ) -> Float[Array, "B T H 2*K"]:
     return lrpe(x, self.theta[...], positions)
+
+
+class LearnedPositions(nnx.Module):
+  """A vector for each of the first `count` positions; NaN at those behind, which have none."""
+
+  def __init__(
+    self,
+    count: int,
+    features: int,
+    *,
+    init: nnx.Initializer,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    table = init(rngs.params(), (count, features), param_dtype)
+    self.table = nnx.Param(table, **logical(None, "embed"))
+
+  def __call__(self, positions: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Raises ValueError if the last axis has more positions than there are."""
+    count, length = self.table.shape[0], positions.shape[-1]
+    if positions.ndim > 1 and length > count:
+      raise ValueError(
+        f"LearnedPositions: tokens must be at most the {count} positions that were learned; got"
+        f" {length} (rotary positions have no such end)"
+      )
+    return jnp.take(self.table[...], positions, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def rotary_pairs(head_dim: int, fraction: float) -> int:

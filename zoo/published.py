@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 
 from ..layers import DecoderLM
-from . import based_weights, models, rat_weights, transnormer_weights
+from . import based_weights, models, rat_weights, softplus_weights, transnormer_weights
 from .weights import find_preset, read_config_json, read_tensors
 
 # Family -> its weight layout.
@@ -15,9 +15,14 @@ _LAYOUTS: dict[str, ModuleType] = {
   "transnormer": transnormer_weights,
   "based": based_weights,
   "rat": rat_weights,
+  "softplus": softplus_weights,
 }
-# A field of config.json that no other family has -> the layout. RAT's checkpoints have none beside.
-_FIELDS = {"decoder_embed_dim": transnormer_weights, "n_embd": based_weights}
+# A field of config.json that those before it have not -> the layout. RAT's checkpoints have none.
+_FIELDS = {
+  "decoder_embed_dim": transnormer_weights,
+  "rotary_emb_fraction": based_weights,
+  "n_embd": softplus_weights,
+}
 
 
 def find_config(source: str | os.PathLike, preset: str | None = None):

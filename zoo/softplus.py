@@ -4,7 +4,8 @@ Paper: Softplus Attention with Re-weighting Boosts Length Extrapolation in Large
 (2025). No attention of the family has parameters of its own, so models that differ in `variant`
 have the same weights, and one may be run with another's. The paper says "GPT-2 small with RoPE" and
 no more of the model; the rest here is GPT-2: LayerNorm with scale and bias, biases everywhere, tanh
-GELU, no dropout, a tied head.
+GELU, no dropout, a tied head. GPT-2 itself, with its learned positions and softmax, is among the
+presets.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ class SoftplusConfig:
   norm_eps: float = 1e-5
   use_bias: bool = True
   rotary_base: float = 10000.0
+  learned_positions: int | None = None  # so many, instead of rotary ones; GPT-2 has 1024
   init_stddev: float = 0.02
   residual_in_float32: bool = True  # the stream that the layers add to
   dtype: str = "float32"  # of activations
@@ -56,6 +58,8 @@ class SoftplusConfig:
     check_sizes(self, "vocab_size", "features", "num_layers", "heads", "loss_chunk")
     if self.hidden is not None and self.hidden < 1:
       refuse(self, "hidden", "be at least 1", "None for 4 features")
+    if self.learned_positions is not None and self.learned_positions < 1:
+      refuse(self, "learned_positions", "be at least 1", "None for rotary positions")
     if self.features % self.heads:
       refuse(self, "features", f"be a multiple of heads ({self.heads})", "heads have equal width")
     if self.variant != SOFTMAX and self.variant not in VARIANTS:
@@ -87,6 +91,7 @@ class SoftplusConfig:
       heads=self.heads,
       head_dim=self.features // self.heads,
       variant=self.attention_variant(),
+      rotary_fraction=1.0 if self.learned_positions is None else 0.0,
       rotary_base=self.rotary_base,
       qkv_bias=self.use_bias,
       out_bias=self.use_bias,
@@ -101,7 +106,8 @@ def build(config: SoftplusConfig, rngs: nnx.Rngs) -> DecoderLM:
   """The model with freshly drawn weights, N(0, 0.02^2); 0.02 / sqrt(2 layers) out of a mixer."""
   dtypes = dtypes_of(config)
   blocks = [_block(config, dtypes, rngs) for _ in range(config.num_layers)]
-  return decoder(config, blocks, _norm(config, dtypes), rngs)
+  positions = dict(learned_positions=config.learned_positions)
+  return decoder(config, blocks, _norm(config, dtypes), rngs, **positions)
 
 
 def _block(config: SoftplusConfig, dtypes: dict, rngs: nnx.Rngs) -> Block:
@@ -131,11 +137,13 @@ def parameter_count(config: SoftplusConfig) -> int:
   norm = {"layer": 2 * d, "rms": d, "srms": 0}[c.norm]
   biases = c.use_bias * (4 * d + hidden + d)
   layer = 4 * d * d + 2 * d * hidden + biases + 2 * norm
-  return c.num_layers * layer + norm + c.vocab_size * d
+  return c.num_layers * layer + norm + (c.vocab_size + (c.learned_positions or 0)) * d
 
 
 _124M = dict(vocab_size=50304, features=768, num_layers=12, heads=12, dtype="bfloat16")
+_GPT2 = dict(vocab_size=50257, variant=SOFTMAX, learned_positions=1024)
 _TINY = dict(vocab_size=257, features=128, num_layers=3, heads=2)
+NO_IMPORT: dict[str, str] = {}  # whatever has GPT-2's layout can be
 PRESETS: dict[str, SoftplusConfig] = {
   # GPT-2 small (50257 tokens, padded), each attention of the paper's table of losses.
   "softplus-124m": SoftplusConfig(**_124M),
@@ -144,7 +152,12 @@ PRESETS: dict[str, SoftplusConfig] = {
   "softplus-softmax-124m": SoftplusConfig(**_124M, variant=SOFTMAX),
   "softplus-sigmoid-124m": SoftplusConfig(**_124M, variant="sigmoid_bias"),
   "softplus-relu-124m": SoftplusConfig(**_124M, variant="relu_mean"),
-  # The same at laptop size, over bytes.
+  # GPT-2 as published: softmax, learned positions.
+  "gpt2": SoftplusConfig(features=768, num_layers=12, heads=12, **_GPT2),
+  "gpt2-medium": SoftplusConfig(features=1024, num_layers=24, heads=16, **_GPT2),
+  "gpt2-large": SoftplusConfig(features=1280, num_layers=36, heads=20, **_GPT2),
+  "gpt2-xl": SoftplusConfig(features=1600, num_layers=48, heads=25, **_GPT2),
+  # The first at laptop size, over bytes.
   "softplus-tiny": SoftplusConfig(**_TINY),
   "softplus-p3-tiny": SoftplusConfig(**_TINY, variant="lssar_p3"),
   "softplus-lssa-tiny": SoftplusConfig(**_TINY, variant="lssa"),

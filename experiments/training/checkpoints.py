@@ -227,7 +227,12 @@ def stored_record(workdir: str | pathlib.Path, model: dict[str, Any]) -> dict[st
 # those of its first weights.
 _FREE_FIELDS = {"dtype", "remat", "loss_chunk", "implementation", "attention_implementation"}
 _FREE_FIELDS |= {"train_length", "init_stddev"}
-_CHUNK_IS_FREE = ("transnormer", "based", "mqar")  # RAT's chunks are part of what it computes
+_CHUNK_IS_FREE = (
+  "transnormer",
+  "based",
+  "mqar",
+  "softplus",
+)  # RAT's chunks are part of what it computes
 
 
 def check_same_model(old: dict, new: dict, workdir: pathlib.Path) -> None:

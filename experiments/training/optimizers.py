@@ -5,7 +5,7 @@ import optax
 from attnzoo.experiments.training.config import OptimizerConfig
 
 # Parameters are named by their path; these endings are matrices, to be decayed.
-_MATRICES = ("kernel", "embedding", "head")
+_MATRICES = ("kernel", "embedding", "positions.table", "head")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -59,7 +59,9 @@ def _matrix_mask(params: dict) -> dict[str, bool]:
 
 
 def _weight_mask(params: dict) -> dict[str, bool]:
-  return {name: not name.endswith(("bias", "embedding", "head")) for name in params}
+  return {
+    name: not name.endswith(("bias", "embedding", "positions.table", "head")) for name in params
+  }
 
 
 def _muon_dimensions(params: dict) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,18 +22,25 @@ class LoadedRun(NamedTuple):
   tokenizer: dict[str, Any] | None  # as `describe_tokenizer` gives it
 
 
-def load(workdir: str | pathlib.Path, step: str = "best") -> LoadedRun:
+def load(
+  workdir: str | pathlib.Path, step: str = "best", model_fields: Mapping[str, Any] | None = None
+) -> LoadedRun:
   """The parameters of one checkpoint of a run, on one device; the rest of it is not read.
 
   Args:
     workdir: folder of the run. Nothing is written to it.
     step: "best" (lowest validation loss), "last", or a number.
+    model_fields: fields of the model's configuration to replace by others that have the same
+      parameters, such as {"variant": "softmax_rw_p15"}.
 
   Raises:
-    FileNotFoundError: no run in the folder. ValueError: no such checkpoint, or a damaged one.
+    FileNotFoundError: no run in the folder. ValueError: no such checkpoint, a damaged one, or
+      fields with which the model has other parameters.
   """
   record = checkpoints.read_config(workdir)
   experiment = config.from_config_dict(record["experiment"])
+  if model_fields:
+    experiment = _with_fields(experiment, model_fields)
   if not checkpoints.folder(workdir).is_dir():
     raise _no_checkpoint(workdir)
   with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as saved:
@@ -46,6 +54,21 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> LoadedRun:
     params = saved.restore_params(like, wanted)
   parts = parts._replace(constants=state.constants(experiment))
   return LoadedRun(experiment, parts, params, wanted, record["tokenizer"])
+
+
+def _with_fields(trained: config.Experiment, fields: Mapping[str, Any]) -> config.Experiment:
+  raw = config.to_json_dict(trained)
+  experiment = config.from_config_dict(raw | dict(model=raw["model"] | fields))
+  old, new = (
+    {name: x.shape for name, x in state.abstract_state(e)[1].params.items()}
+    for e in (trained, experiment)
+  )
+  if different := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+    raise ValueError(
+      f"model_fields: must leave the model's parameters as they are; got {dict(fields)}, with which"
+      f" {different[0]} is {new.get(different[0])} and not {old.get(different[0])} (train with it)"
+    )
+  return experiment
 
 
 def starting_record(workdir: str, model: dict[str, Any]) -> dict[str, Any]:

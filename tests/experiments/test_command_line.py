@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attnzoo.experiments.training import runs, state
-from attnzoo.zoo import transnormer_weights
+from attnzoo.zoo import softplus_weights, transnormer_weights
 from attnzoo_testing import small_runs
 from attnzoo_testing.programs import Programs
 
@@ -120,6 +120,25 @@ def test_evaluate(programs, run, text, tmp_path):
   np.testing.assert_allclose(other["loss"], by_rows, rtol=1e-5)
 
 
+def test_a_trained_model_with_other_fields(programs, run, tmp_path):
+  workdir, _ = run
+  losses, file = [], tmp_path / "result.json"
+  for fields in ("{}", '{"dtype": "bfloat16"}'):
+    flags = [f"--workdir={workdir}", f"--json={file}", f"--model_fields={fields}"]
+    assert programs.run("evaluate", *flags).code == 0
+    losses.append(json.loads(file.read_text())["loss"])
+  assert 0 < abs(losses[1] - losses[0]) < 0.02 * losses[0]
+  target = tmp_path / "gpt2"
+  source = pathlib.Path(__file__).parent.parent / "zoo" / "data" / "gpt2"
+  assert programs.run("import_weights", f"--source={source}", f"--workdir={target}").code == 0
+  tokens = jnp.arange(8)[None]
+  for variant in ("softmax", "softmax_rw_p15"):
+    loaded = runs.load(target, model_fields=dict(variant=variant))
+    logits, _ = state.merge(loaded.parts, loaded.params)(tokens)
+    expected, _ = softplus_weights.import_weights(source, variant=variant)(tokens)
+    np.testing.assert_array_equal(logits, expected)
+
+
 def test_generate(programs, run, tmp_path):
   workdir, _ = run
   flags = [f"--workdir={workdir}", "--tokens=9", "--temperature=0", "--ignore_end"]
@@ -213,6 +232,9 @@ OTHERS = {
   ("evaluate", "--workdir={run} --overlap=32"): "overlap must lie in 0..31",
   ("evaluate", "--workdir={run} --step=7"): "must be 'best', 'last' or one of [2, 4]; got '7'",
   ("evaluate", "--workdir={run} --data_path=nowhere"): "got nowhere",
+  ("evaluate", "--workdir={run} --model_fields=[1]"): "--model_fields must be a JSON object",
+  ("generate", '--workdir={run} --model_fields={"head":2}'): "did you mean 'heads'",
+  ("evaluate", '--workdir={run} --model_fields={"features":64}'): "is (257, 64) and not (257, 32)",
   ("generate", "--workdir=nowhere"): "must hold a run with a config.json; got nowhere",
   ("generate", "--workdir={run} --temperature=-1"): "temperature must be at least 0; got -1.0",
   ("generate", "--workdir={run} --tokens=0"): "flag --tokens=0",

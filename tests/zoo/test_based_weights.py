@@ -185,6 +185,6 @@ def test_config_json_of_other_models(tmp_path, change, message):
 def test_unknown_config_json(tmp_path):
   with pytest.raises(ValueError, match="must be that of a model of the zoo, with a field"):
     published.find_config(write_config(tmp_path, dict(hidden_size=3)))
-  raw = {name: value for name, value in PUBLISHED.items() if name != "rotary_emb_fraction"}
-  with pytest.raises(ValueError, match="must have the fields rotary_emb_fraction"):
+  raw = {name: value for name, value in PUBLISHED.items() if name != "n_layer"}
+  with pytest.raises(ValueError, match="must have the fields n_layer"):
     published.find_config(write_config(tmp_path, raw))
