@@ -15,6 +15,7 @@ from attnzoo.pallas_kernels import (
   lightning_attention_step,
   rat_attention_step,
   sliding_window_attention_step,
+  softplus_attention_step,
   taylor_attention,
   taylor_attention_step,
 )
@@ -26,6 +27,9 @@ from attnzoo.pallas_kernels.rat_attention import cases as rat_cases
 from attnzoo.pallas_kernels.sliding_window_attention import WindowState
 from attnzoo.pallas_kernels.sliding_window_attention import cases as window_cases
 from attnzoo.pallas_kernels.sliding_window_attention.xla import DEFAULT_CHUNK as WINDOW_CHUNK
+from attnzoo.pallas_kernels.softmax_attention import CacheState
+from attnzoo.pallas_kernels.softplus_attention import cases as softplus_cases
+from attnzoo.pallas_kernels.softplus_attention.xla import DEFAULT_CHUNK as SOFTPLUS_CHUNK
 from attnzoo.pallas_kernels.taylor_attention import cases as taylor_cases
 from attnzoo.pallas_kernels.taylor_attention.features import feature_count
 from attnzoo.pallas_kernels.taylor_attention.xla import DEFAULT_CHUNK as TAYLOR_CHUNK
@@ -104,6 +108,26 @@ def _window_step_cost(case, dtype):
   rows, seen, dims = size["batch"], size["left"] + 1, size["key_dim"] + size["value_dim"]
   width = np.dtype(dtype).itemsize
   return 2 * rows * size["heads"] * seen * dims, rows * size["kv_heads"] * seen * dims * width
+
+
+def _softplus_step_inputs(inputs, variant):
+  """The first token of each row, and a cache of as many tokens as the case is long."""
+  del variant
+  tokens = [inputs[name][:, 0] for name in ("query", "key", "value")]
+  batch, length, groups, _ = inputs["key"].shape
+  rng, room = np.random.default_rng(7), 4  # for the tokens to come
+  key, value = (
+    rng.standard_normal((batch, length + room, groups, x.shape[-1])).astype(x.dtype)
+    for x in tokens[1:]
+  )
+  key /= np.linalg.norm(key.astype(np.float32), axis=-1, keepdims=True).astype(key.dtype)
+  return *tokens, CacheState(key, value, np.full(batch, length, np.int32))
+
+
+def _softplus_step_cost(case, dtype):
+  size = case.sizes
+  read = size["batch"] * size["length"] * (size["key_dim"] + size["value_dim"])
+  return 2 * read * size["heads"], read * size["kv_heads"] * np.dtype(dtype).itemsize
 
 
 def _rat_step_inputs(inputs, chunk_size, rotary_base):
@@ -188,6 +212,22 @@ OPERATORS = {
       step_cost=_rat_step_cost,
       peers=(peers.TORCH_SOFTMAX_AND_STEP, peers.CUDNN_SOFTMAX),
       wrt=("query", "key", "value", "gate_logits", "gate_bias", "output_logits"),
+    ),
+    Operator(
+      name="softplus_attention",
+      function=softplus_cases.operator,
+      results=softplus_cases.RESULTS,
+      cases=softplus_cases,
+      chunk_size=SOFTPLUS_CHUNK,
+      step=softplus_attention_step,
+      step_inputs=_softplus_step_inputs,
+      step_cost=_softplus_step_cost,
+      peers=(
+        peers.TORCH_SOFTMAX_AND_STEP,
+        peers.JAX_SOFTMAX,
+        peers.CUDNN_SOFTMAX,
+        peers.PALLAS_SOFTMAX,
+      ),
     ),
   )
 }

@@ -180,7 +180,8 @@ def _torch_softmax_step(inputs, device):
   token = _softmax_inputs(dict(zip(("query", "key", "value"), inputs, strict=False)))
   tokens = _torch_tensors({n: x[:, :, None] for n, x in token.items()}, device)  # [B, H, 1, K]
   q, k, v = tokens.values()
-  position = int(inputs[-1].position.max())
+  state = inputs[-1]
+  position = int((state.position if hasattr(state, "position") else state.count).max())
   batch, heads, _, dim = v.shape
   keys, values = (
     torch.randn((batch, heads, position + 1, dim), device=device).to(v.dtype) for _ in range(2)
@@ -228,14 +229,37 @@ def _fla_based(name):
   return prepare
 
 
-def _cudnn_softmax(inputs, cotangent, pass_name, device):
+def _jax_softmax(implementation):
+  def prepare(inputs, cotangent, pass_name, device):
+    del device
+    import jax
+
+    def attention(q, k, v):
+      return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+    return _jax_pass(attention, inputs, cotangent, pass_name)
+
+  return prepare
+
+
+def _pallas_softmax(inputs, cotangent, pass_name, device):
+  """The FlashAttention that comes with jax, for GPUs in Triton."""
+  del device
+  from jax.experimental.pallas.ops.gpu.attention import mha
+
+  scale = inputs["value"].shape[-1] ** -0.5
+
+  def attention(q, k, v):
+    return mha(q, k, v, segment_ids=None, sm_scale=scale, causal=True)
+
+  return _jax_pass(attention, inputs, cotangent, pass_name)
+
+
+def _jax_pass(attention, inputs, cotangent, pass_name):
   import jax
 
   qkv = tuple(jax.device_put(x) for x in _softmax_inputs(inputs).values())
   do = jax.device_put(cotangent[0].astype(inputs["value"].dtype))
-
-  def attention(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
   @jax.jit
   def both(qkv, do):
@@ -276,5 +300,13 @@ FLA_SIMPLE_GLA = Peer(
 )  # fmt: skip
 CUDNN_SOFTMAX = Peer(
   "cudnn softmax", "jax", ("cuda",), _WHOLE, same_function=False, quadratic=True,
-  prepare=_cudnn_softmax, dtypes=("bfloat16",),
+  prepare=_jax_softmax("cudnn"), dtypes=("bfloat16",),
+)  # fmt: skip
+JAX_SOFTMAX = Peer(
+  "jax.nn softmax", "jax", ("cpu",), _WHOLE, same_function=False, quadratic=True,
+  prepare=_jax_softmax("xla"), scratch=dict(forward=2, forward_backward=4),
+)  # fmt: skip
+PALLAS_SOFTMAX = Peer(
+  "pallas flash softmax", "jax", ("cuda",), _WHOLE, same_function=False, quadratic=True,
+  prepare=_pallas_softmax,
 )  # fmt: skip

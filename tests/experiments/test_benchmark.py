@@ -46,7 +46,7 @@ def test_measure_times_everyone_and_says_who_did_not_run(name, pass_name):
   for row in rows:
     assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
     if row["error"] is None:
-      assert row["by"] == peers.TORCH_SOFTMAX.name
+      assert row["by"] in (peers.TORCH_SOFTMAX.name, peers.JAX_SOFTMAX.name)
       assert row["flops_per_s"] is None
     else:
       assert row["error"] < 1e-5
