@@ -8,6 +8,13 @@ from .lightning_attention import (
 from .rat_attention import RatState, rat_attention, rat_attention_step, sharded_rat_attention
 from .rat_attention import empty_state as empty_rat_state
 from .rat_attention.recurrence import linear_recurrence
+from .routed_attention import (
+  RoutedState,
+  Routing,
+  empty_routed_state,
+  routed_attention,
+  routed_attention_step,
+)
 from .sliding_window_attention import (
   WindowState,
   empty_window,
@@ -40,10 +47,13 @@ __all__ = [
   "VARIANTS",
   "CacheState",
   "RatState",
+  "RoutedState",
+  "Routing",
   "Variant",
   "WindowState",
   "empty_cache",
   "empty_rat_state",
+  "empty_routed_state",
   "empty_window",
   "left_keys",
   "lightning_attention",
@@ -51,6 +61,8 @@ __all__ = [
   "linear_recurrence",
   "rat_attention",
   "rat_attention_step",
+  "routed_attention",
+  "routed_attention_step",
   "sharded_lightning_attention",
   "sharded_rat_attention",
   "sharded_sliding_window_attention",

@@ -1,0 +1,73 @@
+"""Attention between the members of a cluster: what the portable path and the step share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..dots import einsum_f32
+from .options import Routing
+from .reference import OWN_PAIR
+
+
+class Extras(NamedTuple):
+  """What is learned beside queries, keys and values."""
+
+  relative: tuple[Float[Array, "R K"], Float[Array, "R V"]] | None
+  memory: tuple[Float[Array, "H C M K"], Float[Array, "H C M V"]] | None
+
+  def by_cluster(self):
+    """The memory with the clusters in front."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), self.memory)
+
+
+def attend_members(
+  q: Float[Array, "*C I K"],
+  k: Float[Array, "*C J K"],
+  v: Float[Array, "*C J V"],
+  pairs: Bool[Array, "..."],
+  own: Bool[Array, "..."],
+  rank: Int[Array, "..."],
+  options: Routing,
+  relative: tuple[jax.Array, jax.Array] | None,
+  memory: tuple[jax.Array, jax.Array] | None,
+) -> Float[Array, "*C I V"]:
+  """Softmax attention, float32; 0 for queries without keys.
+
+  [..., I, J] or what broadcasts to it: `pairs` that are seen, which of them are a token with
+  itself (`own`), and by how many members the key is behind the query (`rank`).
+  """
+  logits = options.scale * einsum_f32("...ik,...jk->...ij", q, k)
+  offset = None
+  if relative is not None:
+    limit = relative[0].shape[0] // 2
+    offset = jnp.broadcast_to(jnp.clip(rank, -limit, limit) + limit, logits.shape)
+    logits += _pick(einsum_f32("...ik,rk->...ir", q, relative[0]), offset)
+  if options.own_pair == "last_resort":
+    logits = jnp.where(own, OWN_PAIR, logits)
+  logits = jnp.where(pairs, logits, -jnp.inf)
+  count = 0
+  if memory is not None:
+    extra = options.scale * einsum_f32("bhik,hmk->bhim", q, memory[0])
+    count = extra.shape[-1]
+    logits = jnp.concatenate([extra, logits], axis=-1)
+  top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
+  weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights / jnp.where(total > 0, total, 1)
+  rounded = weights.astype(v.dtype)
+  output = einsum_f32("...ij,...jv->...iv", rounded[..., count:], v)
+  if memory is not None:
+    output += einsum_f32("bhim,hmv->bhiv", rounded[..., :count], memory[1])
+  if relative is not None:  # weights are added up by offset: the transpose of picking by it
+    by_offset = jax.ShapeDtypeStruct((*logits.shape[:-1], relative[0].shape[0]), weights.dtype)
+    add_up = jax.linear_transpose(lambda rows: _pick(rows, offset), by_offset)
+    (sums,) = add_up(weights[..., count:])
+    output += einsum_f32("...ir,rv->...iv", sums.astype(v.dtype), relative[1])
+  return output
+
+
+def _pick(rows, offset):
+  """[..., I, R] -> [..., I, J]: of each row the entries at `offset`."""
+  return jnp.take_along_axis(rows, offset, axis=-1)

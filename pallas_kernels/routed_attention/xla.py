@@ -1,0 +1,172 @@
+"""Routed attention in plain XLA."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..segments import pad_length
+from .attend import Extras, attend_members
+from .members import gather, gather_own, nearest, top_members
+from .options import Routing
+from .state import Tokens
+
+PREFIX_CHUNK = 64
+
+
+def attend_clusters(
+  query: Float[Array, "B T H K"],
+  tokens: Tokens,
+  scores: Float[Array, "B T H C"],
+  options: Routing,
+  extras: Extras,
+) -> Float[Array, "B T H V"]:
+  """Membership "official": `scores` of the queries, those of `tokens` of the keys.
+
+  Members are gathered once; logits exist for one cluster at a time, in both directions.
+  """
+  o = options
+  members, others = (top_members(s, o.window_size) for s in (scores, tokens.scores))
+  seen = jnp.isfinite(gather_own(tokens.scores, others))
+  if not o.zero_values_seen:
+    seen &= gather(jnp.any(tokens.value != 0, axis=-1), others)
+  parts = (gather(query, members), gather(tokens.key, others), gather(tokens.value, others),
+           members, others, seen)  # fmt: skip
+  parts = tuple(jnp.moveaxis(x, 2, 0) for x in parts)  # [C, B, H, W, ...]
+
+  @jax.checkpoint
+  def one(inputs):
+    (q, k, v, here, there, seen), memory = inputs
+    slot = jnp.arange(here.shape[-1])
+    rank = jnp.arange(there.shape[-1]) - slot[:, None]
+    pairs = seen[..., None, :]
+    if o.causal and o.mask == "position":
+      pairs &= there[..., None, :] <= here[..., None]
+    elif o.causal:
+      pairs &= rank <= 0
+    own = there[..., None, :] == here[..., None]
+    return attend_members(q, k, v, pairs, own, rank, o, extras.relative, memory)
+
+  outputs = jax.lax.map(one, (parts, extras.by_cluster()))
+  outputs = jnp.moveaxis(outputs, 0, 2)  # [B, H, C, W, V] float32
+  real = jnp.isfinite(gather_own(scores, members)).astype(outputs.dtype)
+  return _combine(outputs, members, real, query.shape[1], o).astype(tokens.value.dtype)
+
+
+def attend_prefix(
+  query: Float[Array, "B T H K"], tokens: Tokens, options: Routing, extras: Extras
+) -> Float[Array, "B T H V"]:
+  """Membership "topk_prefix", some queries at a time, and for these one cluster after the other.
+
+  A key is a member for a query if fewer than W tokens up to the query beat it; how many do is
+  carried from chunk to chunk. O(T^2 C) comparisons: for evaluation.
+  """
+  o = options
+  batch, length, heads, _ = query.shape
+  total = tokens.key.shape[1]
+  before = total - length
+  size = min(PREFIX_CHUNK, length)
+  q = pad_length(query, size).swapaxes(1, 2)  # [B, H, T', K]
+  k, v, scores = (x.swapaxes(1, 2) for x in (tokens.key, tokens.value, tokens.scores))
+  scores = jnp.moveaxis(scores, -1, 0)  # [C, B, H, S]
+  place = jnp.arange(total)
+  memory = extras.by_cluster()
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+
+  def beaten(mine, theirs, rows):
+    """Which keys [..., S] each of the tokens `rows` with the scores `mine` beats."""
+    mine, theirs = mine[..., None], theirs[..., None, :]
+    return (mine > theirs) | ((mine == theirs) & (rows[:, None] < place))
+
+  def same_document(rows):
+    if tokens.documents is None:
+      return jnp.ones((1, 1, 1, 1), bool)
+    own = tokens.documents[:, rows]
+    return (own[:, :, None] == tokens.documents[:, None])[:, None]  # [B, 1, rows, S]
+
+  def chunk(losses, start):
+    rows = before + jnp.minimum(start + jnp.arange(size), length - 1)
+    own = place == rows[:, None]
+    past, same = place <= rows[:, None], same_document(rows)
+    counted = (start + jnp.arange(size) < length)[:, None]  # a padded query is not a token
+
+    @jax.checkpoint
+    def cluster(carry, inputs):
+      lost, theirs, memory = inputs
+      beats = beaten(theirs[..., rows], theirs, rows) & same & counted
+      losses = lost[..., None, :] + jnp.cumsum(beats, axis=-2, dtype=jnp.int32)
+      pairs = (losses < o.window_size) & past & same & jnp.isfinite(theirs)[..., None, :]
+      admitted = jnp.any(pairs & own, axis=-1)  # [B, H, size]
+      upto = jnp.cumsum(pairs, axis=-1, dtype=jnp.int32)
+      rank = upto - upto[..., -1:]
+      rows_of_q = jax.lax.dynamic_slice_in_dim(q, start, size, 2)
+      output = attend_members(rows_of_q, k, v, pairs, own, rank, o, extras.relative, memory)
+      sums, count = carry
+      sums += jnp.where(admitted[..., None], output, 0)
+      return (sums, count + admitted), losses[..., -1, :]
+
+    zeros = (
+      jnp.zeros((batch, heads, size, v.shape[-1]), wide),
+      jnp.zeros((batch, heads, size), wide),
+    )
+    (sums, count), losses = jax.lax.scan(cluster, zeros, (losses, scores, memory))
+    return losses, sums / (count + o.combine_eps)[..., None]
+
+  def by_history(theirs):
+    """How many members of the state beat each key."""
+    rows = jnp.arange(before)
+    beats = beaten(theirs[..., :before], theirs, rows) & same_document(rows)
+    return jnp.sum(beats & jnp.isfinite(theirs[..., :before, None]), axis=-2, dtype=jnp.int32)
+
+  losses = jax.lax.map(by_history, scores) if before else jnp.zeros(scores.shape, jnp.int32)
+  _, outputs = jax.lax.scan(chunk, losses, jnp.arange(0, q.shape[2], size))
+  output = outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, v.shape[-1])
+  return output[:, :length].astype(tokens.value.dtype)
+
+
+class Order(NamedTuple):
+  """Tokens by document, then by centroid, then by position."""
+
+  index: Int[Array, "B H S"]  # where the token of each place comes from
+  place: Int[Array, "B H S"]  # where each token went
+  label: Int[Array, "B H S"]  # by place; equal for tokens of one centroid and document
+
+
+def sorted_by_centroid(tokens: Tokens) -> Order:
+  """What turns "causal_recent" into attention over a sliding window."""
+  clusters = tokens.scores.shape[-1]
+  own = nearest(tokens.scores)
+  own = jnp.where(jnp.isfinite(jnp.max(tokens.scores, axis=-1)), own, clusters)
+  if tokens.documents is not None:
+    own += (clusters + 1) * tokens.documents[..., None]
+  own = own.swapaxes(1, 2)  # [B, H, S]
+  index = jnp.argsort(own, axis=-1, stable=True)
+  return Order(index, jnp.argsort(index, axis=-1), jnp.take_along_axis(own, index, axis=-1))
+
+
+@jax.custom_vjp
+def reorder(
+  x: Float[Array, "B H S K"], index: Int[Array, "B H S"], place: Int[Array, "B H S"]
+) -> Float[Array, "B H S K"]:
+  """Rows of x in the order `index`, whose inverse is `place`: the gradient is a gather, too."""
+  return jnp.take_along_axis(x, index[..., None], axis=2)
+
+
+reorder.defvjp(
+  lambda x, index, place: (reorder(x, index, place), (index, place)),
+  lambda order, dy: (reorder(dy, order[1], order[0]), None, None),
+)
+
+
+def _combine(outputs, members, real, length, options):
+  """[B, H, C, W, V] -> [B, T, H, V]: sums over the slots of a token, over their number + eps."""
+  batch, heads = members.shape[:2]
+  rows = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
+  where = (*rows, members.reshape(batch, heads, -1))
+  outputs = (outputs * real[..., None]).reshape(batch, heads, -1, outputs.shape[-1])
+  total = jnp.zeros((batch, heads, length, outputs.shape[-1]), outputs.dtype)
+  count = jnp.zeros((batch, heads, length), outputs.dtype)
+  total = total.at[where].add(outputs)
+  count = count.at[where].add(real.reshape(batch, heads, -1))
+  return (total / (count + options.combine_eps)[..., None]).swapaxes(1, 2)
