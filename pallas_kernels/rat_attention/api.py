@@ -48,10 +48,12 @@ def rat_attention(
     chunk_size: L >= 1; it need not divide T, and 1 and T are allowed.
     rotary_base: base of the rotary frequencies (K must be even), None for no rotation.
     segment_ids: int [B, T]. A change of id starts a new document, and with it a new chunk; no token
-      sees another document. `initial_state` continues the document of the first token.
+      sees another document. `initial_state` continues the document of the first token. The TPU
+      kernels move tokens of documents by products with 0 and 1: none may be infinite or NaN.
     lengths: int [B]. Tokens at or past a row's length are padding: their output is 0 and the final
       state is the one after the last real token.
-    initial_state: see `RatState`; None is the state before the first token.
+    initial_state: see `RatState`; None is the state before the first token. With a state, only the
+      softmax runs in a kernel, and the recurrence in float32 in XLA.
     implementation: "tpu", "triton", "xla", "reference", or None: the kernel of the platform that is
       compiled for, where it takes these arguments, else "xla".
     interpret: runs the TPU kernels on a CPU (True or a `pltpu.InterpretParams`); for tests.

@@ -36,9 +36,12 @@ CASES = (
   _case("large_inputs", ("ci",), 1, 40, 2, 8, 4, scale=30.0),
   # The layer shape of the released models, and chunk sizes of the paper's figures.
   _case("layer_1b", ("bench", "aot"), 4, 4096, 16, 128, 16, groups=2),
+  _case("layer_1b_documents", ("aot",), 4, 4096, 16, 128, 16, groups=2, segments="packed"),
   _case("layer_1b_long_chunks", ("aot",), 1, 8192, 16, 128, 64, groups=2),
   _case("narrow_heads", ("aot",), 2, 4096, 8, 64, 16, groups=2),
   _case("ragged_packed", ("aot",), 2, 4000, 4, 128, 16, groups=2, segments="packed", lengths=True),
+  _case("ragged_from_a_state", ("aot",), 2, 4000, 4, 128, 16, groups=2, segments="packed",
+        lengths=True, state=40),
   # Time against length on a CPU.
   *(_case(f"length_{t // 1024}k", ("bench",), 1, t, 8, 64, 16, groups=2)
     for t in (2048, 4096, 16384, 32768)),

@@ -55,11 +55,25 @@ def state_of_chunks(
 
   Of the summaries those are kept that lie before a row's length.
   """
-  batch, slots = key.shape[:2]
+  batch = key.shape[0]
+  if lengths is None and length >= chunk_size:  # all are kept
+    position = jnp.full((batch,), length, jnp.int32)
+    return RatState(key, value, running_key, running_value, position)
   position = jnp.full((batch,), length) if lengths is None else jnp.clip(lengths, 0, length)
-  if lengths is not None or length < chunk_size:
-    filled = (jnp.arange(slots) < (position // chunk_size)[:, None])[..., None, None]
-    key, value = (jnp.where(filled, x, 0) for x in (key, value))
+  return state_at(key, value, running_key, running_value, position, chunk_size)
+
+
+def state_at(
+  key: Float[Array, "B S H K"],
+  value: Float[Array, "B S H K"],
+  running_key: Float[Array, "B H K"],
+  running_value: Float[Array, "B H K"],
+  position: Int[Array, " B"],
+  chunk_size: int,
+) -> RatState:
+  """The state after `position` tokens; the summaries may go on behind their chunks."""
+  filled = (jnp.arange(key.shape[1]) < (position // chunk_size)[:, None])[..., None, None]
+  key, value = (jnp.where(filled, x, 0) for x in (key, value))
   return RatState(key, value, running_key, running_value, position.astype(jnp.int32))
 
 

@@ -23,10 +23,13 @@ from .tpu_tuning import vmem_estimate, vmem_limit
 def _forward_kernel(*refs, plan: Plan, save: bool):
   """Blocks: bias [1, lanes], maybe cos and sin [n, lanes], q, k, v, g, maybe z [R, lanes].
 
+  With documents, before all others: oldest tiles (scalars), first slots [1, R].
+
   Out: y [R, lanes], summaries of keys and values [n, lanes], maybe statistics [2 fold, R].
   Scratch: summaries so far; queries, the own chunks' scores and running values (later the result),
   weighted sums [fold, lanes, R], statistics where they are no output.
   """
+  documents, refs = (refs[:2], refs[2:]) if plan.documents else ((), refs)
   bias_ref, refs = refs[0], refs[1:]
   tables, refs = (refs[:2], refs[2:]) if plan.rotary else ((), refs)
   (q_ref, k_ref, v_ref, g_ref), refs = refs[:4], refs[4:]
@@ -37,6 +40,7 @@ def _forward_kernel(*refs, plan: Plan, save: bool):
   keys_ref, values_ref, turned_ref, own_ref, sums_ref, weighted_ref, stats_ref = refs
   step, head = pl.program_id(2), pl.program_id(3)
   masks = rows_of.head_lanes(plan, (plan.chunks, plan.lanes))
+  seen = rows_of.seen_tiles(plan, step, pl.program_id(0), documents)
 
   @pl.when(step == 0)
   def _():  # a weight of 0 times what is not yet there must be 0
@@ -71,7 +75,7 @@ def _forward_kernel(*refs, plan: Plan, save: bool):
   refs = softmax.Forward(
     keys_ref.at[head], values_ref.at[head], turned_ref, weighted_ref, stats_ref
   )
-  _finished_chunks(plan, step, own_ref, sums_ref, refs)
+  _finished_chunks(plan, step, seen, own_ref, sums_ref, refs)
 
   def finish(turn, _):
     gates = rows_of.load(z_ref, plan, turn) if plan.gated else [None] * plan.pair
@@ -99,10 +103,11 @@ def turn_queries(plan: Plan, q_ref, tables, masks, turned_ref):
   rows_of.for_steps(plan, body, None)
 
 
-def _finished_chunks(plan, step, own_ref, sums_ref, refs):
+def _finished_chunks(plan, step, seen, own_ref, sums_ref, refs):
   """Goes on from the own chunk's score and value with all finished ones.
 
-  The summaries of the block itself come first; those before them are seen by all of its rows.
+  The summaries of the block itself come first; those before them are seen by all of its rows, as
+  far as they are of the same document.
   `sums_ref` has the own chunks' values, and then the result.
   """
   rows = {
@@ -110,24 +115,26 @@ def _finished_chunks(plan, step, own_ref, sums_ref, refs):
     for index, start in softmax.panels(plan)
   }
   own = lambda index, start: rows[index, start]  # noqa: E731
-  seen = functools.partial(rows_of.visible, plan, step)
-
+  oldest, seen_before, seen_here = seen
   tiles = rows_of.own_tiles(plan, step)
-  scores = [softmax.tile_scores(plan, refs, tile) for tile in (*tiles, 0)]
+  scores = [softmax.tile_scores(plan, refs, tile) for tile in (*tiles, oldest)]
   for tile, of_tile in zip(tiles, scores[:-1], strict=True):
-    softmax.add_tile(plan, refs, tile, of_tile, seen, own if tile is tiles[0] else None)
-  softmax.add_tiles(plan, refs, 0, tiles[0], scores[-1])
+    softmax.add_tile(plan, refs, tile, of_tile, seen_here, own if tile is tiles[0] else None)
+  softmax.add_tiles(plan, refs, oldest, tiles[0], scores[-1], seen_before)
   for here, mean in softmax.result(plan, refs, own, sums_ref):
     sums_ref[here, :] = mean
 
 
-def forward(plan: Plan, bias, tables, tokens, save: bool):
+def forward(plan: Plan, documents, bias, tables, tokens, save: bool):
   """(y, key summaries, value summaries[, statistics]); see `tpu_rows` for the layouts.
 
-  tokens: query, key, value, gate_logits, maybe output_logits.
+  documents: (oldest tiles, first slots), or nothing. tokens: query, key, value, gate_logits, maybe
+  output_logits.
   """
   one, group = rows_of.tokens(plan), rows_of.group_tokens(plan)
-  inputs = [rows_of.bias(plan), *(rows_of.table(plan) for _ in tables), group, group]
+  scalars, firsts = documents[:1], documents[1:]
+  inputs = [*(rows_of.first_slots(plan) for _ in firsts), rows_of.bias(plan)]
+  inputs += [*(rows_of.table(plan) for _ in tables), group, group]
   inputs += [one] * (len(tokens) - 2)
   outputs = [one, rows_of.summaries(plan), rows_of.summaries(plan)]
   if save:
@@ -149,6 +156,6 @@ def forward(plan: Plan, bias, tables, tokens, save: bool):
   pairs = heads * plan.length * plan.slots // 2
   return rows_of.call(
     functools.partial(_forward_kernel, plan=plan, save=save), "rat_attention_forward", plan,
-    (bias, *tables, *tokens), inputs, outputs, scratch,
+    scalars, (*firsts, bias, *tables, *tokens), inputs, outputs, scratch,
     (4 * pairs * plan.width, pairs + 2 * heads * plan.length * plan.width), limit,
   )  # fmt: skip

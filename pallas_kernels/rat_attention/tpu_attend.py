@@ -1,4 +1,4 @@
-"""The softmax alone as TPU kernels, for rows whose chunks do not start together.
+"""The softmax alone as TPU kernels, for rows that continue a state.
 
 Same arguments and result as `attend.attend`. The grid is (batch, units of heads, blocks of rows);
 which tiles of summaries a block sees is known before it starts.

@@ -82,12 +82,14 @@ class Scratch(NamedTuple):
 def _backward_kernel(*refs, plan: Plan):
   refs = list(refs)
   take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
+  documents = take(2 if plan.documents else 0)
   bias, tables = take(1)[0], tuple(take(2 if plan.rotary else 0))
   ins = Inputs(bias, tables, *take(4), *(take(1) if plan.gated else [None]), *take(7))
   outs = Outputs(*take(4), *(take(1) if plan.gated else [None]), *take(1))
   scratch = Scratch(*refs)
   step, head = plan.steps - 1 - pl.program_id(2), pl.program_id(3)
   masks = rows_of.head_lanes(plan, (plan.chunks, plan.lanes))
+  seen = rows_of.seen_tiles(plan, step, pl.program_id(0), documents)
 
   @pl.when(pl.program_id(2) == 0)
   def _():
@@ -103,7 +105,7 @@ def _backward_kernel(*refs, plan: Plan):
 
   _own_chunk(plan, ins, outs, scratch, masks)
   _own_weights(plan, ins, scratch)
-  _finished_chunks(plan, ins, scratch, step, head)
+  _finished_chunks(plan, ins, scratch, step, head, seen)
   _reverse_recurrence(plan, ins, outs, scratch, masks, step, head)
 
   @pl.when(head == plan.inner - 1)
@@ -171,7 +173,7 @@ def _own_weights(plan, ins, scratch):
   scratch.dq_own[...] += rows_of.per_head(masks, columns) * scratch.keys[...]
 
 
-def _finished_chunks(plan, ins, scratch, step, head):
+def _finished_chunks(plan, ins, scratch, step, head, seen):
   """Adds to the gradients of queries (rotated) and of the summaries that the block's rows see."""
   deltas = [rows_of.as_row(scratch.delta.at[index]) for index in range(plan.fold)]
   inverses = [1 / ins.statistics[softmax.stat_rows(i)[1], :] for i in range(plan.fold)]
@@ -179,15 +181,15 @@ def _finished_chunks(plan, ins, scratch, step, head):
     ins.keys.at[head], ins.values.at[head], scratch.turned, scratch.d_sums, ins.statistics,
     scratch.dq_turned, scratch.d_keys.at[head], scratch.d_values.at[head],
   )  # fmt: skip
-  seen = functools.partial(rows_of.visible, plan, step)
+  oldest, seen_before, seen_here = seen
 
-  def add(tile, seen=None):
+  def add(tile, seen):
     softmax.add_tile_gradients(plan, refs, tile, deltas, inverses, seen)
 
   tiles = rows_of.own_tiles(plan, step)
   for tile in tiles:
-    add(tile, seen)
-  jax.lax.fori_loop(0, tiles[0], lambda tile, _: add(tile), None)
+    add(tile, seen_here)
+  jax.lax.fori_loop(oldest, tiles[0], lambda tile, _: add(tile, seen_before), None)
 
 
 def _reverse_recurrence(plan, ins, outs, scratch, masks, step, head):
@@ -238,14 +240,16 @@ def _before(plan, ref, row):
   return jnp.where(row > 0, found, 0.0)
 
 
-def backward(plan: Plan, bias, tables, operands):
+def backward(plan: Plan, documents, bias, tables, operands):
   """Gradients of tokens (query and key [B T, outer * lanes]) and bias [B, outer, inner, lanes]."""
   one, group, every = (
     f(plan) for f in (rows_of.tokens, rows_of.group_tokens, rows_of.all_summaries)
   )
   summed, new = rows_of.group_gradients(plan), rows_of.summaries(plan)
   gated = [one] * plan.gated
-  inputs = [rows_of.bias(plan), *(rows_of.table(plan) for _ in tables), group, group, one, one]
+  scalars, firsts = documents[:1], documents[1:]
+  inputs = [*(rows_of.first_slots(plan) for _ in firsts), rows_of.bias(plan)]
+  inputs += [*(rows_of.table(plan) for _ in tables), group, group, one, one]
   inputs += [*gated, one, one, every, every, rows_of.statistics(plan), new, new]
   outputs = [summed, summed, one, one, *gated, rows_of.bias_gradients(plan)]
   rounded = pltpu.VMEM((plan.fold, plan.rows, plan.lanes), plan.dtype)
@@ -273,6 +277,6 @@ def backward(plan: Plan, bias, tables, operands):
   pairs = heads * plan.length * plan.slots // 2
   return rows_of.call(
     functools.partial(_backward_kernel, plan=plan), "rat_attention_backward", plan,
-    (bias, *tables, *operands), inputs, outputs, scratch,
+    scalars, (*firsts, bias, *tables, *operands), inputs, outputs, scratch,
     (10 * pairs * plan.width, pairs + 3 * heads * plan.length * plan.width), limit, reverse=True,
   )  # fmt: skip

@@ -7,6 +7,7 @@ Only loading and storing know the order in memory: rows l, l + L, ... are a load
 bfloat16 rows share a 32-bit word, so those come in pairs.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
   head_dim: int
   rotary: bool
   gated: bool  # there are output_logits
+  documents: bool  # rows have several, each with chunks of its own
   interpret: bool | pltpu.InterpretParams
 
   @property
@@ -222,6 +224,27 @@ def visible(plan: Plan, step, tile, start, shape):
   return iota(shape, 0) - chunk < step * plan.chunks - tile * plan.tile
 
 
+def of_document(plan: Plan, first_ref, tile, start, shape):
+  """Which summaries of a tile are of the rows' own documents, if they are of earlier chunks."""
+  first = first_ref[:, start : start + shape[1]] - tile * plan.tile
+  return iota(shape, 0) >= first
+
+
+def seen_tiles(plan: Plan, step, row, refs) -> tuple:
+  """(oldest tile, mask of older tiles, mask of the block's own) of block `step` of batch row `row`.
+
+  refs: those of `documents` in the order of the kernels' operands, or nothing; then all is seen of
+  older tiles.
+  """
+  own = functools.partial(visible, plan, step)
+  if not refs:
+    return 0, None, own
+  oldest_ref, first_ref = refs
+  older = functools.partial(of_document, plan, first_ref)
+  both = lambda *where: own(*where) & older(*where)  # noqa: E731
+  return oldest_ref[row * plan.steps + step], older, both
+
+
 def as_row(ref, start: int = 0, count: int | None = None):
   """[R, LANES] with equal lanes -> [1, R], rows from `start` on."""
   pieces = []
@@ -291,8 +314,18 @@ def bias(plan: Plan) -> Operand:
 
 
 def table(plan: Plan) -> Operand:
-  shape = (plan.steps * plan.chunks, plan.lanes)
-  return Operand(shape, jnp.float32, (plan.chunks, plan.lanes), lambda b, p, t, j: (t, 0))
+  """[C, lanes], or [B, C, lanes] where chunks are counted from the starts of documents."""
+  shape, block = (plan.filled, plan.lanes), (plan.chunks, plan.lanes)
+  if plan.documents:
+    shape = (plan.batch, *shape)
+    return Operand(shape, jnp.float32, (None, *block), lambda b, p, t, j: (b, t, 0))
+  return Operand(shape, jnp.float32, block, lambda b, p, t, j: (t, 0))
+
+
+def first_slots(plan: Plan) -> Operand:
+  """[B, 1, T], for each row the slot where its document begins; in the kernels' order."""
+  shape, block = (plan.batch, 1, plan.length), (None, 1, plan.rows)
+  return Operand(shape, jnp.int32, block, lambda b, p, t, j: (b, 0, t))
 
 
 def summaries(plan: Plan) -> Operand:
@@ -323,11 +356,15 @@ def bias_gradients(plan: Plan) -> Operand:
   return Operand(shape, jnp.float32, block, lambda b, p, t, j: (b, p, 0, 0))
 
 
-def call(kernel, name, plan, operands, inputs, outputs, scratch, cost, limit, reverse=False):
-  """Runs a kernel over (batch, outer, steps, inner); `cost`: (flops, exponentials)."""
+def call(kernel, name, plan, scalars, operands, inputs, outputs, scratch, cost, limit,
+         reverse=False):  # fmt: skip
+  """Runs a kernel over (batch, outer, steps, inner); `cost`: (flops, exponentials).
+
+  scalars: int arrays that the kernel gets before its operands, in SMEM.
+  """
 
   def spec(item):
-    def index(b, p, t, j):
+    def index(b, p, t, j, *_):
       return item.place(b, p, plan.steps - 1 - t if reverse else t, j)
 
     mode = dict(pipeline_mode=pl.Buffered(1)) if item.constant and not plan.interpret else {}
@@ -338,10 +375,13 @@ def call(kernel, name, plan, operands, inputs, outputs, scratch, cost, limit, re
   return pl.pallas_call(
     kernel,
     out_shape=out_shape,
-    grid=(plan.batch, plan.outer, plan.steps, plan.inner),
-    in_specs=[spec(x) for x in inputs],
-    out_specs=[spec(x) for x in outputs],
-    scratch_shapes=scratch,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(plan.batch, plan.outer, plan.steps, plan.inner),
+      in_specs=[spec(x) for x in inputs],
+      out_specs=[spec(x) for x in outputs],
+      scratch_shapes=scratch,
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=limit,
@@ -349,4 +389,4 @@ def call(kernel, name, plan, operands, inputs, outputs, scratch, cost, limit, re
     cost_estimate=pl.CostEstimate(flops=cost[0], transcendentals=cost[1], bytes_accessed=moved),
     interpret=plan.interpret,
     name=name,
-  )(*operands)
+  )(*scalars, *operands)

@@ -1,4 +1,4 @@
-"""The differentiable TPU operator: padding, layouts, the state, both kernels."""
+"""The differentiable TPU operator: plan, layouts, the state, both kernels."""
 
 import functools
 from typing import NamedTuple
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..rotary import rotary_tables
-from ..segments import pad_length, zero_padding
-from . import tpu, tpu_attend, tpu_backward, tpu_rows, tpu_tuning
+from ..segments import zero_padding
+from . import layout, tpu, tpu_arrays, tpu_attend, tpu_backward, tpu_packed, tpu_rows, tpu_tuning
 from .state import RatState, state_of_chunks
+from .tpu_arrays import CLOSED
+from .tpu_move import move
+from .tpu_packed import Packed
 from .tpu_rows import Plan
 from .xla import rat_attention_xla, recurrence_terms, run_recurrences
-
-CLOSED = 1e4  # a gate's logit that leaves the running sums as they are
 
 
 class Residuals(NamedTuple):
@@ -23,6 +23,7 @@ class Residuals(NamedTuple):
 
   tokens: tuple[jax.Array, ...]
   bias: jax.Array
+  documents: Packed | None
   output: jax.Array
   keys: jax.Array
   values: jax.Array
@@ -45,11 +46,13 @@ def rat_attention_tpu(
 ) -> tuple[Float[Array, "B T H K"], RatState]:
   """Output and final state, as `rat_attention_xla`; bfloat16 or float32 inputs.
 
-  Where rows start their chunks together (no documents, no state) everything is one kernel in each
-  direction, if K is at most 128 and chunks are not longer than `tpu_tuning.LONGEST_CHUNK`.
-  Otherwise the portable path's recurrence and slots are used, with a kernel for the softmax. Either
-  way the summaries of a head must fit in VMEM, or NotImplementedError is raised. `interpret` runs
-  the kernels on the CPU: True, or a `pltpu.InterpretParams` (which can look for races).
+  Without a state everything is one kernel in each direction, if K is at most 128 and chunks are not
+  longer than `tpu_tuning.LONGEST_CHUNK`. Tokens of documents, which must then be finite, are moved
+  there and back; where documents are so short that a row needs more than `layout.capacity`
+  chunks, that is done for one window of it after the other. Otherwise, so with an `initial_state`,
+  the portable path's recurrence and slots are used, with a kernel for the softmax. Either way the
+  summaries of a head must fit in VMEM, or NotImplementedError is raised. `interpret` runs the
+  kernels on the CPU: True, or a `pltpu.InterpretParams` (which can look for races).
   """
   if value.dtype not in (jnp.float32, jnp.bfloat16):
     raise NotImplementedError(
@@ -58,8 +61,9 @@ def rat_attention_tpu(
     )
   tokens = (query, key, value, gate_logits, gate_bias, output_logits)
   plan = None
-  if initial_state is None and segments is None:
-    plan = make_plan(query, value, output_logits, chunk_size, rotary_base, interpret)
+  if initial_state is None:
+    documents = segments is not None
+    plan = make_plan(query, value, output_logits, chunk_size, rotary_base, interpret, documents)
   if plan is None:
     slots = _slots(value, initial_state, chunk_size)
     if not tpu_attend.fits(value, slots):
@@ -70,6 +74,9 @@ def rat_attention_tpu(
     options = (initial_state, segments, lengths, chunk_size, rotary_base)
     softmax = functools.partial(tpu_attend.attend_tpu, interpret=interpret)
     return rat_attention_xla(*tokens, *options, attend=softmax)
+  if segments is not None:
+    output, state = _packed(plan, tokens, segments, lengths, chunk_size, rotary_base)
+    return zero_padding(output, lengths), state
   output, *summaries = _aligned(plan, *tokens, chunk_size, rotary_base)
   running = _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size)
   state = state_of_chunks(*summaries, *running, lengths, value.shape[1], chunk_size)
@@ -80,8 +87,8 @@ def fits(query, value, initial_state, segments, chunk_size) -> bool:
   """Whether there is a kernel for a problem on the chip that is compiled for."""
   if value.dtype not in (jnp.float32, jnp.bfloat16):
     return False
-  if initial_state is None and segments is None:
-    if make_plan(query, value, None, chunk_size, None, False) is not None:
+  if initial_state is None:
+    if make_plan(query, value, None, chunk_size, None, False, segments is not None) is not None:
       return True
   return tpu_attend.fits(value, _slots(value, initial_state, chunk_size))
 
@@ -95,28 +102,59 @@ def _aligned(
   plan, query, key, value, gate_logits, gate_bias, output_logits, chunk_size, rotary_base
 ):
   """(output, key and value summaries of the finished chunks, [B, S, H, K])."""
-  length, heads = value.shape[1:3]
-  kernel = functools.partial(_to_kernel, plan, chunk_size)
-  groups = [_group_tokens(plan, x) for x in (query, key)]
-  plain = [*groups, value] if output_logits is None else [*groups, value, output_logits]
-  tokens = [kernel(x, 0) for x in plain]
-  tokens.insert(3, kernel(gate_logits, CLOSED))
-  bias = _to_lanes(plan, gate_bias.astype(jnp.float32)).reshape(1, -1)
-  output, *summaries = _rat(tuple(tokens), bias, plan, rotary_base)
+  length = value.shape[1]
+  kernel = functools.partial(tpu_arrays.to_kernel, plan, chunk_size)
+  tokens = _in_order(plan, query, key, value, gate_logits, output_logits)
+  tokens = tuple(
+    kernel(x, CLOSED if index == tpu_packed.GATES else 0.0) for index, x in enumerate(tokens)
+  )
+  output, *summaries = _rat(tokens, _bias(plan, gate_bias), None, plan, chunk_size, rotary_base)
   slots = max(length // chunk_size, 1)
-  summaries = [x[..., :slots, :].transpose(0, 3, 2, 1, 4) for x in summaries]
-  summaries = [x.reshape(plan.batch, slots, heads, plan.width) for x in summaries]
-  output = _from_kernel(plan, chunk_size, output, length, heads)
-  return output, *(_from_lanes(plan, x) for x in summaries)
+  summaries = (tpu_arrays.from_summaries(plan, x[..., :slots, :]) for x in summaries)
+  return tpu_arrays.from_kernel(plan, chunk_size, output, length), *summaries
 
 
-def _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size):
-  """[k~, v~] after each row's last token, [B, H, K]: the recurrence of its chunk once more."""
+def _packed(plan, tokens, segments, lengths, chunk_size, rotary_base):
+  """(output, final state) of rows of documents."""
+  query, key, value, gate_logits, gate_bias, output_logits = tokens
+  packed, ways = tpu_packed.arrange(plan, segments, lengths, chunk_size)
+
+  def placed(index, x):
+    filling = tpu_packed.fill(plan, chunk_size, index)
+    x = move(tpu_arrays.flat(plan, x), *ways, plan.length, filling, plan.interpret)
+    return x.reshape(-1, x.shape[2])
+
+  tokens = _in_order(plan, query, key, value, gate_logits, output_logits)
+  tokens = tuple(placed(index, x) for index, x in enumerate(tokens))
+  output, *summaries = _rat(tokens, _bias(plan, gate_bias), packed, plan, chunk_size, rotary_base)
+  output = output.reshape(plan.batch, plan.length, -1)
+  output = move(output, ways.back, ways.there, value.shape[1], 0.0, plan.interpret)
+  summaries = (tpu_arrays.from_summaries(plan, x) for x in summaries)
+  sums = _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size, packed.found.row)
+  state = layout.final_state(packed.found, packed.fits, *summaries, *sums, chunk_size)
+  return tpu_arrays.heads_of(plan, output), state
+
+
+def _in_order(plan, query, key, value, gate_logits, output_logits):
+  """The kernels' tokens; the gates are number `tpu_packed.GATES`."""
+  groups = [tpu_arrays.group_tokens(plan, x) for x in (query, key)]
+  return *groups, value, gate_logits, *([] if output_logits is None else [output_logits])
+
+
+def _bias(plan, gate_bias):
+  return tpu_arrays.to_lanes(plan, gate_bias.astype(jnp.float32)).reshape(1, -1)
+
+
+def _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size, last_row=None):
+  """[k~, v~] after each row's last token, [B, H, K]: the recurrence of its chunk once more.
+
+  last_row: where in its chunk it is; None where chunks start at multiples of their length.
+  """
   batch, length = value.shape[:2]
   count = min(chunk_size, length)
   last = (jnp.full((batch,), length) if lengths is None else jnp.clip(lengths, 0, length)) - 1
-  start = last // chunk_size * chunk_size
-  if lengths is None:  # a slice has the cheaper gradient
+  start = last - (last % chunk_size if last_row is None else last_row)
+  if lengths is None and last_row is None:  # a slice has the cheaper gradient
     first = (length - 1) // chunk_size * chunk_size
     parts = [x[:, first:] for x in (key, value, gate_logits)]
   else:
@@ -129,33 +167,87 @@ def _last_chunk(key, value, gate_logits, gate_bias, lengths, chunk_size):
   return [jnp.where((last >= 0)[:, None, None], x, 0) for x in ends]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rat(tokens, bias, plan, rotary_base):
-  """(y [B * T', H * width], summaries of keys and values [B, outer, inner, slots, lanes])."""
-  return tuple(tpu.forward(plan, bias, _tables(plan, rotary_base), tokens, save=False))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _rat(tokens, bias, packed, plan, chunk_size, rotary_base):
+  """(y [B * T', H * width], summaries of keys and values [B, outer, inner, filled, lanes])."""
+  return _run(tokens, bias, packed, plan, chunk_size, rotary_base, save=False)
 
 
-def _forward(tokens, bias, plan, rotary_base):
-  tables = _tables(plan, rotary_base)
-  output, keys, values, statistics = tpu.forward(plan, bias, tables, tokens, save=True)
-  return (output, keys, values), Residuals(tokens, bias, output, keys, values, statistics)
+def _run(tokens, bias, packed, plan, chunk_size, rotary_base, save):
+  """Results of `_rat` and, with `save`, the statistics."""
+  kernel = functools.partial(_run_kernel, plan, rotary_base, bias)
+  if packed is None:
+    return kernel(None, tokens, save)
+
+  def general():
+    run = functools.partial(kernel, save=False)
+    results = tpu_packed.general(plan, chunk_size, packed, tokens, run)
+    shape = tpu_rows.statistics(plan).shape
+    return (*results, jnp.zeros(shape, jnp.float32)) if save else results
+
+  return layout.either(packed.fits, lambda: kernel(packed.window, tokens, save), general)
 
 
-def _backward(plan, rotary_base, residuals, cotangents):
+def _forward(tokens, bias, packed, plan, chunk_size, rotary_base):
+  results = _run(tokens, bias, packed, plan, chunk_size, rotary_base, save=True)
+  return results[:3], Residuals(tokens, bias, packed, *results)
+
+
+def _backward(plan, chunk_size, rotary_base, residuals, cotangents):
   r = residuals
-  d_output, *d_summaries = cotangents
-  room = ((0, 0),) * 3 + ((0, plan.slots - plan.filled), (0, 0))
-  summaries = [jnp.pad(x, room) for x in (r.keys, r.values)]
-  operands = (*r.tokens, r.output, d_output, *summaries, r.statistics, *d_summaries)
-  dq, dk, *rest, d_bias = tpu_backward.backward(plan, r.bias, _tables(plan, rotary_base), operands)
-  grads = (*(_sum_over_heads(plan, x) for x in (dq, dk)), *rest)
-  return grads, jnp.sum(d_bias, 0).swapaxes(0, 1).reshape(1, -1)
+  gradients = functools.partial(_run_gradients, plan, rotary_base, r.bias)
+  if r.documents is None:
+    return *gradients(None, r.tokens, r[3:], cotangents), None
+
+  def again(documents, tokens, cotangents):
+    results = _run_kernel(plan, rotary_base, r.bias, documents, tokens, save=True)
+    return gradients(documents, tokens, results, cotangents)
+
+  def general():
+    given = (r.tokens, cotangents, r.bias)
+    return tpu_packed.general_gradients(plan, chunk_size, r.documents, *given, again)
+
+  def kernel():
+    return gradients(r.documents.window, r.tokens, r[3:], cotangents)
+
+  return *layout.either(r.documents.fits, kernel, general), None
 
 
 _rat.defvjp(_forward, _backward)
 
 
-def make_plan(query, value, output_logits, chunk_size, rotary_base, interpret) -> Plan | None:
+def _run_kernel(plan, rotary_base, bias, documents, tokens, save):
+  """(y, summaries of keys, of values[, statistics])."""
+  tables = _tables(plan, documents, rotary_base)
+  return tuple(tpu.forward(plan, _for_kernel(documents), bias, tables, tokens, save))
+
+
+def _run_gradients(plan, rotary_base, bias, documents, tokens, results, cotangents):
+  """(gradients of the tokens, of the bias); `results` are those of `_run_kernel`, all of them."""
+  output, *summaries, statistics = results
+  d_output, *d_summaries = cotangents
+  room = ((0, 0),) * 3 + ((0, plan.slots - plan.filled), (0, 0))
+  summaries = [jnp.pad(x, room) for x in summaries]
+  operands = (*tokens, output, d_output, *summaries, statistics, *d_summaries)
+  tables = _tables(plan, documents, rotary_base)
+  grads = tpu_backward.backward(plan, _for_kernel(documents), bias, tables, operands)
+  dq, dk, *rest, d_bias = grads
+  tokens = (*(tpu_arrays.sum_over_heads(plan, x) for x in (dq, dk)), *rest)
+  return tokens, jnp.sum(d_bias, 0).swapaxes(0, 1).reshape(1, -1)
+
+
+def _for_kernel(documents):
+  return () if documents is None else (documents.oldest, documents.first)
+
+
+def _tables(plan, documents, rotary_base):
+  numbers = jnp.arange(plan.filled) if documents is None else documents.number
+  return tpu_arrays.turns(plan, numbers, rotary_base)
+
+
+def make_plan(
+  query, value, output_logits, chunk_size, rotary_base, interpret, documents=False
+) -> Plan | None:
   """How the fused kernels would do it; None if heads, chunks or sequence are too long for them."""
   batch, length, heads, dim = value.shape
   width, fold = tpu_tuning.head_width(heads, dim)
@@ -164,8 +256,10 @@ def make_plan(query, value, output_logits, chunk_size, rotary_base, interpret) -
     return None
   groups = query.shape[2] if query.shape[2] % fold else query.shape[2] // fold
   chunk = tpu_tuning.padded_chunk(chunk_size)
-  padded = -(-length // chunk_size) * chunk
-  chunks = tpu_tuning.chunks_per_block(chunk, padded, value.dtype)
+  chunks = layout.capacity(length, chunk_size) if documents else -(-length // chunk_size)
+  padded = chunks * chunk
+  # What documents get beyond their capacity is more room for them.
+  chunks = tpu_tuning.chunks_per_block(chunk, padded, value.dtype, 8 if documents else 16)
   rows = chunk * chunks
   padded = tpu_tuning.round_up(padded, rows)
   tile = tpu_tuning.tile_size(padded // chunk)
@@ -177,71 +271,6 @@ def make_plan(query, value, output_logits, chunk_size, rotary_base, interpret) -
   return Plan(
     batch=batch, length=padded, outer=units // inner, inner=inner, groups=groups, width=width,
     fold=fold, chunk=chunk, chunks=chunks, tile=tile, dtype=value.dtype, head_dim=dim,
-    rotary=rotary_base is not None, gated=output_logits is not None, interpret=interpret,
+    rotary=rotary_base is not None, gated=output_logits is not None,
+    documents=documents, interpret=interpret,
   )  # fmt: skip
-
-
-def _tables(plan, base):
-  """Cosines and signed sines of the chunks' numbers, float32 [chunks, lanes]; () for no turn."""
-  tables = rotary_tables(jnp.arange(plan.steps * plan.chunks), plan.head_dim, base)
-  if tables is None:
-    return ()
-  short = plan.width // 2 - tables[0].shape[1]
-  cos, sin = (jnp.pad(x, ((0, 0), (0, short))) for x in tables)
-  whole = jnp.concatenate([cos, cos], 1), jnp.concatenate([-sin, sin], 1)
-  return tuple(jnp.tile(x, (1, plan.fold)) for x in whole)
-
-
-def _group_tokens(plan, x):
-  """Repeats the groups where a unit's heads would need more than there are."""
-  return jnp.tile(x, (1, 1, plan.groups * plan.fold // x.shape[2], 1))
-
-
-def _sum_over_heads(plan, x):
-  """[B T', outer * lanes] -> [B T', groups * lanes]."""
-  if plan.outer == plan.groups:
-    return x
-  return jnp.sum(x.reshape(x.shape[0], -1, plan.groups * plan.lanes), 1).astype(plan.dtype)
-
-
-def _to_lanes(plan, x):
-  """[..., K] -> [..., width]; both halves of a head are padded, so that pairs stay W / 2 apart."""
-  dim = x.shape[-1]
-  if dim == plan.width:
-    return x
-  if dim % 2:
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, plan.width - dim),))
-  halves = x.reshape(*x.shape[:-1], 2, dim // 2)
-  widths = ((0, 0),) * x.ndim + ((0, (plan.width - dim) // 2),)
-  return jnp.pad(halves, widths).reshape(*x.shape[:-1], plan.width)
-
-
-def _from_lanes(plan, x):
-  """The way back, [..., width] -> [..., K]."""
-  dim = plan.head_dim
-  if dim == plan.width or dim % 2:
-    return x[..., :dim]
-  halves = x.reshape(*x.shape[:-1], 2, plan.width // 2)[..., : dim // 2]
-  return halves.reshape(*x.shape[:-1], dim)
-
-
-def _to_kernel(plan, chunk_size, x, closed):
-  """[B, T, N, K] -> [B * T', N * width]; `closed` fills rows that only lengthen a chunk."""
-  x = _to_lanes(plan, x)
-  x = x.reshape(*x.shape[:2], -1)
-  if plan.chunk != chunk_size:
-    x = pad_length(x, chunk_size).reshape(plan.batch, -1, chunk_size, x.shape[2])
-    short = ((0, 0), (0, 0), (0, plan.chunk - chunk_size), (0, 0))
-    x = jnp.pad(x, short, constant_values=closed).reshape(plan.batch, -1, x.shape[3])
-  x = jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0)))
-  return x.reshape(-1, x.shape[2])
-
-
-def _from_kernel(plan, chunk_size, x, length, count):
-  """The way back, [B * T', N * width] -> [B, T, N, K]."""
-  x = x.reshape(plan.batch, plan.length, -1)
-  if plan.chunk != chunk_size:
-    x = x.reshape(plan.batch, -1, plan.chunk, x.shape[2])[:, :, :chunk_size]
-    x = x.reshape(plan.batch, -1, x.shape[3])
-  x = x[:, :length].reshape(plan.batch, length, count, plan.width)
-  return _from_lanes(plan, x)

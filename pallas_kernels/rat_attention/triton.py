@@ -38,10 +38,16 @@ class Problem:
   rotary: bool
   gated: bool
   lengths: bool
+  documents: bool = False  # each in slots of its own; which a token sees is said as well
 
   @property
   def chunks(self) -> int:
-    return -(-self.length // self.chunk_size)
+    return self.slots if self.documents else -(-self.length // self.chunk_size)
+
+  @property
+  def aligned(self) -> bool:
+    """Whether a token's place says which slots it sees."""
+    return self.chunk_size > 0 and not self.documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +152,17 @@ def forward_launches(
   """Adds own_score, own_value, keys, values, running_key, running_value, output, top and total.
 
   Inputs: query, key, value, gate_logits, gate_bias, rotated (the query, turned and scaled), and
-  cos, sin, lengths, output_logits where there are any. `attend_launch` alone where there is no
-  chunk_size: then own_score, own_value, keys, values, first and last are inputs too.
+  cos, sin, lengths, output_logits where there are any. With documents also begins [B, S + 1], the
+  first token of each slot's chunk, numbers [B, S] of those chunks, and first and last.
+  `attend_launch` alone where there is no chunk_size: then own_score, own_value, keys, values, first
+  and last are inputs too.
   """
   launches = (recurrence_launch(problem, config),) if problem.chunk_size else ()
   return (*launches, attend_launch(problem, config, statistics))
 
 
 def recurrence_launch(problem: Problem, config: Config) -> Launch:
-  inputs = (*_tokens(problem), "lengths" if problem.lengths else "query")
+  inputs = _tokens(problem)
   outputs = dict(
     own_score=_per_head(problem),
     own_value=_rows(problem),
@@ -186,9 +194,8 @@ def backward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
   launches = attend_gradient_launches(problem, config)
   if not problem.chunk_size:
     return launches
-  inputs = (*_tokens(problem), "lengths" if problem.lengths else "query")
-  inputs += (_cotangent(problem), "own", "rest", "d_keys", "d_values", "d_state_key")
-  inputs += ("d_state_value", "d_running_key", "d_running_value")
+  inputs = (*_tokens(problem), _cotangent(problem), "own", "rest", "d_keys", "d_values")
+  inputs += ("d_state_key", "d_state_value", "d_running_key", "d_running_value")
   parts, tiles = _parts(problem, config.lanes), -(-problem.chunks // config.lanes.chunks)
   shape = (parts, problem.batch, problem.length, problem.groups, problem.dim)
   dtype = jnp.dtype(problem.dtype) if parts == 1 else jnp.float32
@@ -227,7 +234,7 @@ def attend_gradient_launches(problem: Problem, config: Config) -> tuple[Launch, 
 def _recurrence(problem, config, kernel, inputs, outputs, **more):
   lanes = config.lanes
   tiles = -(-problem.chunks // lanes.chunks)
-  full = problem.length == tiles * lanes.chunks * problem.chunk_size
+  full = problem.aligned and problem.length == tiles * lanes.chunks * problem.chunk_size
   full &= problem.groups == lanes.groups and problem.dim == 2 * lanes.half
   full &= problem.heads == _parts(problem, lanes) * lanes.heads * lanes.groups
   constants = dict(
@@ -243,6 +250,7 @@ def _recurrence(problem, config, kernel, inputs, outputs, **more):
     HALF=lanes.half,
     ROTARY=problem.rotary,
     LENGTHS=problem.lengths,
+    DOCUMENTS=problem.documents,
     FULL=full,
   )
   grid = (tiles, _parts(problem, lanes), problem.batch)
@@ -255,7 +263,7 @@ def _softmax(problem, tile, kernel, inputs, outputs, blocks, more):
     H=problem.heads,
     G=problem.groups,
     K=problem.dim,
-    L=problem.chunk_size,
+    L=problem.chunk_size if problem.aligned else 0,
     S=problem.slots,
     K_BLOCK=block_of(problem.dim),
     ROWS=tile.rows,
@@ -276,11 +284,13 @@ def _parts(problem, lanes):
 def _tokens(problem):
   """Inputs of the recurrence; absent tables are never read."""
   tables = ("cos", "sin") if problem.rotary else ("query", "query")
-  return ("query", "key", "value", "gate_logits", "gate_bias", *tables)
+  chunks = ("begins", "numbers") if problem.documents else ("query", "query")
+  lengths = "lengths" if problem.lengths else "query"
+  return ("query", "key", "value", "gate_logits", "gate_bias", *tables, *chunks, lengths)
 
 
 def _seen(problem):
-  return ("rotated", "rotated") if problem.chunk_size else ("first", "last")
+  return ("rotated", "rotated") if problem.aligned else ("first", "last")
 
 
 def _gate(problem):

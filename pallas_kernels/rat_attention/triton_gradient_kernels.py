@@ -15,7 +15,20 @@ Import this module only where a GPU is compiled for: it imports triton.
 import triton
 import triton.language as tl
 
-from .triton_kernels import at, channels, lanes, put, seen_slots, sees, sigmoid, tile_of
+from .triton_kernels import (
+  at,
+  channels,
+  chunk_rows,
+  is_whole,
+  lanes,
+  may_end,
+  numbers_of,
+  put,
+  seen_slots,
+  sees,
+  sigmoid,
+  tile_of,
+)
 
 
 @triton.jit
@@ -190,14 +203,14 @@ def slot_gradient_kernel(
 
 @triton.jit
 def recurrence_gradient_kernel(
-  query, key, value, gate_logits, gate_bias, cos, sin, lengths,
+  query, key, value, gate_logits, gate_bias, cos, sin, begins, numbers, lengths,
   d_ungated, own, rest, d_keys, d_values, d_state_key, d_state_value, d_running_key,
   d_running_value,
   d_query_own, d_key, d_value, d_gate_logits, d_gate_bias,
   T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
   S: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
   HALF: tl.constexpr, ROTARY: tl.constexpr, LENGTHS: tl.constexpr, FULL: tl.constexpr,
-  SPLITS: tl.constexpr,
+  DOCUMENTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
   """Gradients through recurrence and own score: grid as `recurrence_kernel`.
 
@@ -208,17 +221,16 @@ def recurrence_gradient_kernel(
   columns, exists = channels(K, HALF)
   batch = tl.program_id(2).to(tl.int64)
   chunk += tl.program_id(0) * CHUNKS
-  begin = chunk.to(tl.int64) * L
+  begin, stop, steps = chunk_rows(begins, batch, chunk, T, L, S, CHUNKS, DOCUMENTS)
   bias = at(gate_bias, heads, columns, exist, exists, K, FULL)
   length = tl.minimum(tl.load(lengths + batch), T) if LENGTHS else T
   last = tl.maximum(length - 1, 0)
-  steps = tl.minimum(L, T - tl.program_id(0) * (CHUNKS * L))
   k = tl.zeros((HEADS * CHUNKS * GROUPS, 2 * HALF), tl.float32)
   v = tl.zeros((HEADS * CHUNKS * GROUPS, 2 * HALF), tl.float32)
   # States, in the arrays that the gradients of the same tokens overwrite below.
   for step in range(steps):
     token = begin + step
-    real = exist & (token < T)
+    real = exist & (token < stop)
     row = (batch * T + token) * H + heads
     shared = (batch * T + token) * G + groups
     gate = sigmoid(at(gate_logits, row, columns, real, exists, K, FULL) + bias)
@@ -230,7 +242,7 @@ def recurrence_gradient_kernel(
 
   # Cotangents of the states from later: at first those of the summaries, where the chunk is whole.
   slot = (batch * S + chunk) * H + heads
-  stored = exist & (begin + L <= T)
+  stored = exist & is_whole(begin, stop, T, L, DOCUMENTS)
   lam = at(d_state_key, slot, columns, stored, exists, K, FULL)
   mu = at(d_state_value, slot, columns, stored, exists, K, FULL)
   partner = tl.where(columns < K // 2, columns + K // 2, columns - K // 2)
@@ -243,16 +255,19 @@ def recurrence_gradient_kernel(
       turned += at(d_keys, part, partner, stored, exists, K, FULL)
   if ROTARY:
     pair = tl.minimum(columns, partner)
-    c = at(cos, chunk, pair, stored, exists, K // 2, FULL)
-    s = at(sin, chunk, pair, stored, exists, K // 2, FULL)
+    number = numbers_of(numbers, batch, chunk, S, DOCUMENTS)
+    c = at(cos, number, pair, stored, exists, K // 2, FULL)
+    s = at(sin, number, pair, stored, exists, K // 2, FULL)
     lam = lam * c + tl.where(columns < K // 2, s, -s) * turned
 
   bias_sum = tl.zeros((HEADS * CHUNKS * GROUPS, 2 * HALF), tl.float32)
   narrow = tl.arange(0, CHUNKS * GROUPS)
+  group, narrow_chunk = narrow % GROUPS, tl.program_id(0) * CHUNKS + narrow // GROUPS
+  narrow_begin, narrow_stop, _ = chunk_rows(begins, batch, narrow_chunk, T, L, S, CHUNKS, DOCUMENTS)
   for back in range(steps):
     step = steps - 1 - back
     token = begin + step
-    real = exist & (token < T)
+    real = exist & (token < stop)
     row = (batch * T + token) * H + heads
     shared = (batch * T + token) * G + groups
     q = at(query, shared, columns, real, exists, K, FULL)
@@ -262,13 +277,13 @@ def recurrence_gradient_kernel(
     ds = weight * ((1 - weight) * tl.sum(do * v, 1) - others) * K**-0.5
     lam += ds[:, None] * q
     mu += weight[:, None] * do
-    if (last % L == step) & (last // (CHUNKS * L) == tl.program_id(0)):
-      ends = exist & (token == last)
+    if may_end(last, step, begin, stop, L, CHUNKS, DOCUMENTS):
+      ends = real & (token == last)
       lam += at(d_running_key, batch * H + heads, columns, ends, exists, K, False)
       mu += at(d_running_value, batch * H + heads, columns, ends, exists, K, False)
     dq = ds[:, None] * k
     gate = sigmoid(at(gate_logits, row, columns, real, exists, K, FULL) + bias)
-    before = exist & (token <= T) & (token > begin)
+    before = exist & (token <= stop) & (token > begin)
     k = at(d_gate_logits, row - H, columns, before, exists, K, False)
     v = at(d_value, row - H, columns, before, exists, K, False)
     d_gate = lam * (k - at(key, shared, columns, real, exists, K, FULL))
@@ -283,9 +298,8 @@ def recurrence_gradient_kernel(
     mu *= gate
     dq = tl.sum(tl.reshape(dq, (HEADS, CHUNKS * GROUPS, 2 * HALF)), 0)
     dk = tl.sum(tl.reshape(dk, (HEADS, CHUNKS * GROUPS, 2 * HALF)), 0)
-    group = narrow % GROUPS
-    token = (tl.program_id(0) * CHUNKS + narrow // GROUPS).to(tl.int64) * L + step
-    real = (group < G) & (token < T)
+    token = narrow_begin + step
+    real = (group < G) & (token < narrow_stop)
     part = tl.program_id(1) * tl.num_programs(2) + batch
     row = (part * T + token) * G + group
     put(d_query_own, row, columns, dq, real, exists, K, FULL)

@@ -62,12 +62,64 @@ def put(pointer, rows, columns, x, real, exists, K: tl.constexpr, FULL: tl.const
 
 
 @triton.jit
+def chunk_rows(
+  begins, batch, chunk, T: tl.constexpr, L: tl.constexpr, S: tl.constexpr, CHUNKS: tl.constexpr,
+  DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+  """(first token, end of the tokens) of each chunk, and the steps that a tile of them takes.
+
+  With DOCUMENTS, tokens from begins[c] to below begins[c + 1].
+  """
+  if DOCUMENTS:
+    place = begins + batch * (S + 1) + chunk
+    begin = tl.load(place, mask=chunk < S, other=T).to(tl.int64)
+    stop = tl.load(place + 1, mask=chunk < S, other=T).to(tl.int64)
+    steps = tl.max(stop - begin).to(tl.int32)
+  else:
+    begin = chunk.to(tl.int64) * L
+    stop = begin * 0 + T
+    steps = tl.minimum(L, T - tl.program_id(0) * (CHUNKS * L))
+  return begin, stop, steps
+
+
+@triton.jit
+def is_whole(begin, stop, T: tl.constexpr, L: tl.constexpr, DOCUMENTS: tl.constexpr):
+  """Whether chunks have all of their tokens."""
+  if DOCUMENTS:
+    whole = stop - begin == L
+  else:
+    whole = begin + L <= T
+  return whole
+
+
+@triton.jit
+def may_end(
+  last, step, begin, stop, L: tl.constexpr, CHUNKS: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+  """Whether the row's last token can be that of one of the tile's chunks in this step."""
+  if DOCUMENTS:
+    here = (last >= tl.min(begin)) & (last < tl.max(stop))
+  else:
+    here = (last % L == step) & (last // (CHUNKS * L) == tl.program_id(0))
+  return here
+
+
+@triton.jit
+def numbers_of(numbers, batch, chunk, S: tl.constexpr, DOCUMENTS: tl.constexpr):
+  """Chunks' numbers in their documents."""
+  if DOCUMENTS:
+    return tl.load(numbers + batch * S + chunk, mask=chunk < S, other=0)
+  return chunk
+
+
+@triton.jit
 def recurrence_kernel(
-  query, key, value, gate_logits, gate_bias, cos, sin, lengths,
+  query, key, value, gate_logits, gate_bias, cos, sin, begins, numbers, lengths,
   own_score, own_value, keys, values, running_key, running_value,
   T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
   S: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
   HALF: tl.constexpr, ROTARY: tl.constexpr, LENGTHS: tl.constexpr, FULL: tl.constexpr,
+  DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
   """Own scores and values, summaries, final running chunk: grid (chunks / CHUNKS, heads, B).
 
@@ -77,15 +129,15 @@ def recurrence_kernel(
   columns, exists = channels(K, HALF)
   batch = tl.program_id(2).to(tl.int64)
   chunk += tl.program_id(0) * CHUNKS
-  begin = chunk.to(tl.int64) * L
+  begin, stop, steps = chunk_rows(begins, batch, chunk, T, L, S, CHUNKS, DOCUMENTS)
   bias = at(gate_bias, heads, columns, exist, exists, K, FULL)
   length = tl.minimum(tl.load(lengths + batch), T) if LENGTHS else T
   last = tl.maximum(length - 1, 0)
   k = tl.zeros((HEADS * CHUNKS * GROUPS, 2 * HALF), tl.float32)
   v = tl.zeros((HEADS * CHUNKS * GROUPS, 2 * HALF), tl.float32)
-  for step in range(tl.minimum(L, T - tl.program_id(0) * (CHUNKS * L))):
+  for step in range(steps):
     token = begin + step
-    real = exist & (token < T)
+    real = exist & (token < stop)
     row = (batch * T + token) * H + heads
     shared = (batch * T + token) * G + groups
     gate = sigmoid(at(gate_logits, row, columns, real, exists, K, FULL) + bias)
@@ -94,20 +146,22 @@ def recurrence_kernel(
     score = tl.sum(at(query, shared, columns, real, exists, K, FULL) * k, 1) * K**-0.5
     tl.store(own_score + row, score, mask=real)
     put(own_value, row, columns, v, real, exists, K, FULL)
-    if (last % L == step) & (last // (CHUNKS * L) == tl.program_id(0)):
-      ends = exist & (token == last)
+    if may_end(last, step, begin, stop, L, CHUNKS, DOCUMENTS):
+      ends = real & (token == last)
       put(running_key, batch * H + heads, columns, k, ends, exists, K, False)
       put(running_value, batch * H + heads, columns, v, ends, exists, K, False)
 
   slot = (batch * S + chunk) * H + heads
   stored = exist & (chunk < S)
-  whole = (begin + L <= T)[:, None]  # the only slot of a row without a whole chunk stays 0
+  # Slots of partial chunks, also of a row's only one, stay 0.
+  whole = is_whole(begin, stop, T, L, DOCUMENTS)[:, None]
   put(values, slot, columns, tl.where(whole, v, 0.0), stored, exists, K, FULL)
   k = tl.where(whole, k, 0.0)
   if ROTARY:
     pairs = tl.arange(0, HALF)
     there = stored[:, None] & (pairs < K // 2)[None, :]
-    angle = chunk[:, None] * (K // 2) + pairs[None, :]
+    number = numbers_of(numbers, batch, chunk, S, DOCUMENTS)
+    angle = number[:, None] * (K // 2) + pairs[None, :]
     c = tl.load(cos + angle, mask=there, other=0.0)
     s = tl.load(sin + angle, mask=there, other=0.0)
     low, high = tl.split(tl.permute(tl.reshape(k, (HEADS * CHUNKS * GROUPS, 2, HALF)), (0, 2, 1)))

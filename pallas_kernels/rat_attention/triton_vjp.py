@@ -1,7 +1,8 @@
 """RAT attention on NVIDIA GPUs: the differentiable function.
 
-Where all rows start their chunks together (no documents, no state), recurrence and softmax are two
-launches forward and three backward. Otherwise the portable path's recurrence and slots are used,
+Without a state, recurrence and softmax are two launches forward and three backward. Documents have
+slots of their own (`layout`), tokens stay where they are. With a state, and where documents are so
+short that they need more slots than there are, the portable path's recurrence and slots are used,
 with the same softmax kernels.
 """
 
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..rotary import rotary_tables, rotate
 from ..segments import zero_padding
 from ..triton_call import run_launches, target_gpu
+from . import layout
 from .state import RatState, state_of_chunks
 from .triton import (
   MAX_DIM,
@@ -32,6 +34,15 @@ from .xla import rat_attention_xla
 NAME = "rat_attention"
 
 
+class Documents(NamedTuple):
+  """A batch of documents, of which the kernels take the first window."""
+
+  segments: Int[Array, "B T"]
+  found: layout.Layout
+  window: layout.Window
+  fits: Bool[Array, ""] | None
+
+
 class Residuals(NamedTuple):
   """What the backward pass needs: inputs, output, summaries and 12 bytes per token and head.
 
@@ -45,6 +56,7 @@ class Residuals(NamedTuple):
   gate_bias: Float[Array, "H K"]
   output_logits: Float[Array, "B T H K"] | None
   lengths: Int[Array, " B"] | None
+  documents: Documents | None
   output: Float[Array, "B T H K"]
   keys: Float[Array, "B S H K"]
   values: Float[Array, "B S H K"]
@@ -72,11 +84,30 @@ def rat_attention_triton(
   """
   _refuse(value)
   tokens = (query, key, value, gate_logits, gate_bias, output_logits)
-  if initial_state is not None or segments is not None:
+  if initial_state is not None:
     options = (initial_state, segments, lengths, chunk_size, rotary_base)
     return rat_attention_xla(*tokens, *options, attend=attend_triton)
-  results = _aligned(*tokens, lengths, chunk_size, rotary_base)
-  return with_state(results, lengths, value.shape[1], chunk_size)
+  if segments is None:
+    results = _fused(*tokens, lengths, None, chunk_size, rotary_base)
+    return with_state(results, lengths, value.shape[1], chunk_size)
+  documents = documents_of(segments, lengths, chunk_size)
+  results = _fused(*tokens, lengths, documents, chunk_size, rotary_base)
+  output, keys, values, running_key, running_value = results
+  state = layout.final_state(
+    documents.found, documents.fits, keys, values, running_key, running_value, chunk_size
+  )
+  return zero_padding(output, lengths), state
+
+
+def documents_of(
+  segments: Int[Array, "B T"], lengths: Int[Array, " B"] | None, chunk_size: int
+) -> Documents:
+  """`segments` from `run_index`."""
+  batch, length = segments.shape
+  found = layout.lay_out(segments, lengths, chunk_size)
+  slots = layout.capacity(length, chunk_size)
+  window = layout.window(found, jnp.zeros((batch,), jnp.int32), slots)
+  return Documents(segments, found, window, layout.fits(found, slots))
 
 
 def _refuse(value):
@@ -103,7 +134,7 @@ def _refuse(value):
 def with_state(
   results: tuple, lengths: Int[Array, " B"] | None, length: int, chunk_size: int
 ) -> tuple[Float[Array, "B T H K"], RatState]:
-  """(output, final state) from `_aligned`'s results, without what is behind a row's last token."""
+  """(output, final state) from `_fused`'s results, without what is behind a row's last token."""
   output, keys, values, running_key, running_value = results
   if lengths is not None:
     some = (lengths > 0)[:, None, None]
@@ -113,12 +144,16 @@ def with_state(
   return zero_padding(output, lengths), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _aligned(
-  query, key, value, gate_logits, gate_bias, output_logits, lengths, chunk_size, rotary_base
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _fused(
+  query, key, value, gate_logits, gate_bias, output_logits, lengths, documents, chunk_size,
+  rotary_base,
 ):  # fmt: skip
-  """(output, keys, values, running_key, running_value); padding is left to the caller."""
-  inputs = (query, key, value, gate_logits, gate_bias, output_logits, lengths)
+  """(output, keys, values, running_key, running_value); padding is left to the caller.
+
+  Keys and values are those of all slots; if documents do not fit, of the final state.
+  """
+  inputs = (query, key, value, gate_logits, gate_bias, output_logits, lengths, documents)
   return _run_forward(inputs, chunk_size, rotary_base, statistics=False)[0]
 
 
@@ -127,54 +162,100 @@ def _forward(*args):
   return _run_forward(inputs, chunk_size, rotary_base, statistics=True)
 
 
+RESULTS = ("output", "keys", "values", "running_key", "running_value")
+STATISTICS = ("own_score", "top", "total")
+
+
 def _run_forward(inputs, chunk_size, rotary_base, statistics):
-  arrays = dict(zip(Residuals._fields, inputs, strict=False))
-  problem = problem_of(arrays, chunk_size, rotary_base)
+  given = dict(zip(Residuals._fields, inputs, strict=False))
+  problem = problem_of(given, chunk_size, rotary_base)
   gpu = target_gpu(NAME)
-  launches = forward_launches(problem, choose_config(problem, gpu), statistics)
-  arrays |= prepared(arrays, chunk_size, rotary_base)
-  arrays = run_launches(launches, arrays, gpu)
-  results = ("output", "keys", "values", "running_key", "running_value")
-  residuals = Residuals(*(arrays[name] for name in Residuals._fields))
-  return tuple(arrays[name] for name in results), residuals
+
+  def kernels():
+    launches = forward_launches(problem, choose_config(problem, gpu), statistics)
+    arrays = run_launches(launches, given | prepared(given, chunk_size, rotary_base), gpu)
+    return tuple(arrays[name] for name in (*RESULTS, *STATISTICS))
+
+  def general():
+    results = _general(inputs, problem.slots, chunk_size, rotary_base)
+    sizes = (problem.batch, problem.length, problem.heads)
+    none = jnp.zeros(sizes if statistics else (1,), jnp.float32)
+    return (*results, jnp.zeros(sizes, jnp.float32), none, none)
+
+  results = layout.either(_fits(given), kernels, general)
+  arrays = given | dict(zip((*RESULTS, *STATISTICS), results, strict=True))
+  return results[:5], Residuals(*(arrays[name] for name in Residuals._fields))
+
+
+def _general(inputs, slots, chunk_size, rotary_base):
+  """The results of `_fused` by the portable path, row by row."""
+  *tokens, lengths, documents = inputs
+  output, state = layout.by_rows(
+    tuple(tokens), documents.segments, lengths, chunk_size, rotary_base, slots, attend_triton
+  )
+  return output, *state[:4]
+
+
+def _fits(arrays):
+  return arrays["documents"] and arrays["documents"].fits
 
 
 def _backward(chunk_size, rotary_base, residuals, cotangents):
   arrays = residuals._asdict()
   problem = problem_of(arrays, chunk_size, rotary_base)
   gpu = target_gpu(NAME)
-  names = ("d_output", "d_state_key", "d_state_value", "d_running_key", "d_running_value")
-  arrays |= dict(zip(names, cotangents, strict=True))
-  arrays |= prepared(arrays, chunk_size, rotary_base)
-  arrays = run_launches(backward_launches(problem, choose_config(problem, gpu)), arrays, gpu)
-  gradients = finished(arrays, chunk_size, rotary_base)
-  if not problem.gated:
-    gradients["d_output_logits"] = None
-  return (*(gradients.get(f"d_{name}") for name in Residuals._fields[:7]),)
+  names = Residuals._fields[: 6 if problem.gated else 5]
+
+  def kernels():
+    given = arrays | prepared(arrays, chunk_size, rotary_base)
+    names_of = ("d_output", "d_state_key", "d_state_value", "d_running_key", "d_running_value")
+    given |= dict(zip(names_of, cotangents, strict=True))
+    results = run_launches(backward_launches(problem, choose_config(problem, gpu)), given, gpu)
+    results = finished(results, chunk_size, rotary_base)
+    return tuple(results[f"d_{name}"] for name in names)
+
+  def general():
+    def run(*tokens):
+      inputs = (*tokens, *residuals[len(tokens) : 8])
+      return _general(inputs, problem.slots, chunk_size, rotary_base)
+
+    return jax.vjp(run, *residuals[: len(names)])[1](cotangents)
+
+  gradients = layout.either(_fits(arrays), kernels, general)
+  return (*gradients, *(None,) * (8 - len(names)))
 
 
-_aligned.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward)
 
 
 def problem_of(arrays: dict[str, Any], chunk_size: int, rotary_base: float | None) -> Problem:
   """The problem of arrays under the names of `Residuals`; absent ones are None or not there."""
   value, groups = arrays["value"], arrays["query"].shape[2]
   batch, length, heads, dim = value.shape
-  slots = max(length // chunk_size, 1)
-  has = (arrays.get(name) is not None for name in ("output_logits", "lengths"))
+  documents = arrays.get("documents")
+  slots = max(length // chunk_size, 1) if documents is None else documents.window.number.shape[1]
+  has = [arrays.get(name) is not None for name in ("output_logits", "lengths", "documents")]
   sizes = (batch, length, heads, groups, dim, slots, chunk_size)
   return Problem(*sizes, value.dtype.name, rotary_base is not None, *has)
 
 
 def prepared(arrays: dict[str, Any], chunk_size: int, rotary_base: float | None) -> dict[str, Any]:
-  """The query turned and scaled, and the tables of each chunk: cos and sin [C, K / 2]."""
+  """The query turned and scaled, and the tables of each chunk: cos and sin [C, K / 2].
+
+  With documents also what the kernels read of them.
+  """
   query = arrays["query"]
   length, dim = query.shape[1], query.shape[3]
-  chunks = jnp.arange(-(-length // chunk_size))
-  tables = rotary_tables(chunks, dim, rotary_base)
-  turn = _by_token(tables, length, chunk_size)
+  tables = rotary_tables(jnp.arange(-(-length // chunk_size)), dim, rotary_base)
+  turn = _by_token(arrays, chunk_size, rotary_base)
   rotated = (dim**-0.5 * rotate(jnp.asarray(query, jnp.float32), turn)).astype(query.dtype)
-  return dict(rotated=rotated) | dict(zip(("cos", "sin"), tables or (), strict=False))
+  made = dict(rotated=rotated) | dict(zip(("cos", "sin"), tables or (), strict=False))
+  documents = arrays.get("documents")
+  if documents is None:
+    return made
+  window, places = documents.window, documents.found.places
+  made |= dict(begins=window.begin, numbers=window.number)
+  return made | dict(first=places.first, last=places.own)
 
 
 def finished(arrays: dict[str, Any], chunk_size: int, rotary_base: float | None) -> dict[str, Any]:
@@ -183,8 +264,9 @@ def finished(arrays: dict[str, Any], chunk_size: int, rotary_base: float | None)
   batch, length, groups, dim = query.shape
   by_group = by_head.reshape(batch, length, -1, groups, dim)
   total = dim**-0.5 * jnp.sum(by_group, 2, dtype=jnp.float32)
-  back = None if rotary_base is None else (arrays["cos"], -arrays["sin"])
-  total = rotate(total, _by_token(back, length, chunk_size)) + jnp.sum(arrays["d_query_own"], 0)
+  turn = _by_token(arrays, chunk_size, rotary_base)
+  back = None if turn is None else (turn[0], -turn[1])
+  total = rotate(total, back) + jnp.sum(arrays["d_query_own"], 0)
   bias = arrays["gate_bias"].dtype
   return arrays | dict(
     d_query=total.astype(query.dtype),
@@ -193,8 +275,12 @@ def finished(arrays: dict[str, Any], chunk_size: int, rotary_base: float | None)
   )
 
 
-def _by_token(tables, length, chunk_size):
-  """Tables [C, K / 2] of chunks as [T, 1, K / 2] of tokens."""
+def _by_token(arrays, chunk_size, rotary_base):
+  """Rotary tables [T, 1, K / 2] of tokens, [B, T, 1, K / 2] with documents."""
+  length, dim = arrays["query"].shape[1::2]
+  if arrays.get("documents") is not None:
+    return rotary_tables(arrays["documents"].found.places.chunk[..., None], dim, rotary_base)
+  tables = rotary_tables(jnp.arange(-(-length // chunk_size)), dim, rotary_base)
   if tables is None:
     return None
   cos, sin = (jnp.repeat(x, chunk_size, 0)[:length, None] for x in tables)

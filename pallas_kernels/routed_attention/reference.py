@@ -59,7 +59,16 @@ def routed_reference(
       pairs &= past if o.mask == "position" else distance <= 0
     if not o.zero_values_seen:
       pairs &= jnp.any(v != 0, axis=-1)[..., None, :]
-  logits = o.scale * jnp.einsum("...ik,...jk->...ij", q, k, precision="highest")
+  output = _attend(q, k, v, pairs, distance, o, relative, memory)
+  output = jnp.sum(jnp.where(queries[..., None], output, 0), axis=2)  # [B, H, T, V]
+  if o.membership != "causal_recent":
+    output /= (jnp.sum(queries, axis=2) + o.combine_eps)[..., None]
+  return output.swapaxes(1, 2).astype(value.dtype)
+
+
+def _attend(q, k, v, pairs, distance, options, relative, memory):
+  """[B, H, C, T, V]: what each cluster gives each query; 0 where it shows it no key."""
+  logits = options.scale * jnp.einsum("...ik,...jk->...ij", q, k, precision="highest")
   limit = 0
   if relative is not None:
     limit = relative[0].shape[0] // 2
@@ -67,24 +76,21 @@ def routed_reference(
     logits += jnp.take_along_axis(
       jnp.einsum("...ik,rk->...ir", q, relative[0], precision="highest"), offset, axis=-1
     )
-  if o.own_pair == "last_resort":
-    logits = jnp.where(jnp.eye(length, dtype=bool), OWN_PAIR, logits)
+  if options.own_pair == "last_resort":
+    logits = jnp.where(jnp.eye(q.shape[-2], dtype=bool), OWN_PAIR, logits)
   logits = jnp.where(pairs, logits, -jnp.inf)
   if memory is not None:
-    extra = o.scale * jnp.einsum("bhxtk,hcmk->bhctm", q, memory[0], precision="highest")
+    extra = options.scale * jnp.einsum("bhxtk,hcmk->bhctm", q, memory[0], precision="highest")
     logits = jnp.concatenate([extra, logits], axis=-1)
   weights = _softmax(logits)
-  learned, weights = weights[..., : weights.shape[-1] - length], weights[..., -length:]
+  learned, weights = weights[..., : weights.shape[-1] - q.shape[-2]], weights[..., -q.shape[-2] :]
   output = jnp.einsum("...ij,...jv->...iv", weights, v, precision="highest")
   if memory is not None:
     output += jnp.einsum("bhctm,hcmv->bhctv", learned, memory[1], precision="highest")
   if relative is not None:
     rows = relative[1][jnp.clip(distance, -limit, limit) + limit]  # [B, H, C, T, T, V]
     output += jnp.einsum("...ij,...ijv->...iv", weights, rows, precision="highest")
-  output = jnp.sum(jnp.where(queries[..., None], output, 0), axis=2)  # [B, H, T, V]
-  if o.membership != "causal_recent":
-    output /= (jnp.sum(queries, axis=2) + o.combine_eps)[..., None]
-  return output.swapaxes(1, 2).astype(value.dtype)
+  return output
 
 
 def _beats(s):

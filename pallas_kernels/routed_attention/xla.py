@@ -74,27 +74,16 @@ def attend_prefix(
   memory = extras.by_cluster()
   wide = jnp.promote_types(query.dtype, jnp.float32)
 
-  def beaten(mine, theirs, rows):
-    """Which keys [..., S] each of the tokens `rows` with the scores `mine` beats."""
-    mine, theirs = mine[..., None], theirs[..., None, :]
-    return (mine > theirs) | ((mine == theirs) & (rows[:, None] < place))
-
-  def same_document(rows):
-    if tokens.documents is None:
-      return jnp.ones((1, 1, 1, 1), bool)
-    own = tokens.documents[:, rows]
-    return (own[:, :, None] == tokens.documents[:, None])[:, None]  # [B, 1, rows, S]
-
   def chunk(losses, start):
     rows = before + jnp.minimum(start + jnp.arange(size), length - 1)
     own = place == rows[:, None]
-    past, same = place <= rows[:, None], same_document(rows)
+    past, same = place <= rows[:, None], _same_document(tokens, rows)
     counted = (start + jnp.arange(size) < length)[:, None]  # a padded query is not a token
 
     @jax.checkpoint
     def cluster(carry, inputs):
       lost, theirs, memory = inputs
-      beats = beaten(theirs[..., rows], theirs, rows) & same & counted
+      beats = _beaten(theirs, rows) & same & counted
       losses = lost[..., None, :] + jnp.cumsum(beats, axis=-2, dtype=jnp.int32)
       pairs = (losses < o.window_size) & past & same & jnp.isfinite(theirs)[..., None, :]
       admitted = jnp.any(pairs & own, axis=-1)  # [B, H, size]
@@ -113,16 +102,33 @@ def attend_prefix(
     (sums, count), losses = jax.lax.scan(cluster, zeros, (losses, scores, memory))
     return losses, sums / (count + o.combine_eps)[..., None]
 
-  def by_history(theirs):
-    """How many members of the state beat each key."""
-    rows = jnp.arange(before)
-    beats = beaten(theirs[..., :before], theirs, rows) & same_document(rows)
-    return jnp.sum(beats & jnp.isfinite(theirs[..., :before, None]), axis=-2, dtype=jnp.int32)
-
-  losses = jax.lax.map(by_history, scores) if before else jnp.zeros(scores.shape, jnp.int32)
+  losses = jnp.zeros(scores.shape, jnp.int32)
+  if before:
+    losses = jax.lax.map(lambda theirs: _losses_by_members(tokens, theirs, before), scores)
   _, outputs = jax.lax.scan(chunk, losses, jnp.arange(0, q.shape[2], size))
   output = outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, v.shape[-1])
   return output[:, :length].astype(tokens.value.dtype)
+
+
+def _beaten(scores, rows):
+  """Whom the tokens `rows` beat, [..., rows, S]: they are nearer, or as near and earlier."""
+  mine, theirs = scores[..., rows, None], scores[..., None, :]
+  return (mine > theirs) | ((mine == theirs) & (rows[:, None] < jnp.arange(scores.shape[-1])))
+
+
+def _same_document(tokens, rows):
+  """[B, 1, rows, S]."""
+  if tokens.documents is None:
+    return jnp.ones((1, 1, 1, 1), bool)
+  own = tokens.documents[:, rows]
+  return (own[:, :, None] == tokens.documents[:, None])[:, None]
+
+
+def _losses_by_members(tokens, scores, count):
+  """How many of the `count` members in front beat each token of one cluster, [B, H, S]."""
+  rows = jnp.arange(count)
+  beats = _beaten(scores, rows) & _same_document(tokens, rows)
+  return jnp.sum(beats & jnp.isfinite(scores[..., :count, None]), axis=-2, dtype=jnp.int32)
 
 
 class Order(NamedTuple):

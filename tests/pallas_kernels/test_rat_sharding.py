@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attnzoo.pallas_kernels import RatState, rat_attention, sharded_rat_attention
-from attnzoo.pallas_kernels.rat_attention import cases, sharding
+from attnzoo.pallas_kernels.rat_attention import cases, layout, sharding, tpu_vjp
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import assert_as_exact, relative_error
@@ -138,6 +138,23 @@ def test_kernel_is_unsharded():
                 for f in (kernel, unsharded(4)))  # fmt: skip
   truth = expected(4)[1]
   assert_as_exact(got, whole, {name: truth[name] for name in NAMES}, np.float32)
+
+
+@pytest.mark.slow
+def test_fused_kernels_on_documents(monkeypatch):
+  """Without a state, batch and heads split: each device lays out its own rows."""
+  monkeypatch.setattr(layout, "either", lambda fits, kernel, general: kernel())
+  monkeypatch.setattr(tpu_vjp, "rat_attention_xla", None)  # is not called
+  stored = ("stored_key", "stored_value", "running_key", "running_value", "position")
+  inputs = {n: x for n, x in make_inputs("packed", 4).items() if n not in stored}
+  narrow = {n: np.float32(x) if x.dtype == np.float64 else x for n, x in inputs.items()}
+  kernel = sharded("batch_and_heads", 4, implementation="tpu", interpret=True)
+  whole = unsharded(4)
+  got, portable = (dict(zip(NAMES, jax.jit(lambda x, f=f: f(**x))(narrow), strict=True))
+                   for f in (kernel, whole))  # fmt: skip
+  with jax.enable_x64(True):
+    truth = dict(zip(NAMES, whole(**inputs), strict=True))
+  assert_as_exact(got, portable, truth, np.float32)
 
 
 # --- What is communicated -------------------------------------------------------------------------

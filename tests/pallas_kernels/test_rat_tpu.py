@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attnzoo.pallas_kernels.rat_attention import (
   cases,
   rat_attention,
+  tpu_arrays,
   tpu_attend,
   tpu_backward,
   tpu_rows,
@@ -145,12 +146,12 @@ def scale_missing(patch):
 
 
 def rotated_by_the_next_chunk(patch):
-  right = tpu_vjp.rotary_tables
+  right = tpu_arrays.rotary_tables
 
   def wrong(positions, *rest):
     return right(positions + positions // 8, *rest)
 
-  patch.setattr(tpu_vjp, "rotary_tables", wrong)
+  patch.setattr(tpu_arrays, "rotary_tables", wrong)
 
 
 def weights_of_older_tiles_not_rescaled(patch):
@@ -167,8 +168,8 @@ def older_tiles_dropped(patch):
 
 
 def bias_left_out(patch):
-  right = tpu_vjp._to_lanes
-  patch.setattr(tpu_vjp, "_to_lanes", lambda plan, x: right(plan, 0 * x if x.ndim == 2 else x))
+  right = tpu_arrays.to_lanes
+  patch.setattr(tpu_arrays, "to_lanes", lambda plan, x: right(plan, 0 * x if x.ndim == 2 else x))
 
 
 def query_and_key_gradients_swapped(patch):

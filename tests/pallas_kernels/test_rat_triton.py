@@ -19,10 +19,12 @@ from attnzoo.pallas_kernels.cases import Case, tagged
 from attnzoo.pallas_kernels.rat_attention import (
   cases,
   empty_state,
+  layout,
   reference,
   triton,
   triton_vjp,
 )
+from attnzoo.pallas_kernels.segments import run_index, zero_padding
 from attnzoo_testing.cuda_aot import H100
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.numerics import assert_as_exact
@@ -43,8 +45,12 @@ SOME |= {
     make_case("two_tiles", 1, 50, 3, 8, 2, 1),
     make_case("padded", 3, 25, 4, 8, 4, 2, lengths=True),
     make_case("three_groups", 1, 33, 6, 6, 5, 3),
+    make_case("documents", 3, 60, 2, 8, 3, 2, lengths=True),
   )
 }
+
+# Tokens of the documents of "documents".
+DOCUMENTS = ((1, 30, 28, 1), (60,), (13, 1, 46))
 
 needs_triton = pytest.mark.skipif(not compat.has_jax_triton(), reason="no jax-triton here")
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
@@ -55,6 +61,7 @@ RUNS = [
   SMALL,
   *((name, "float32") for name in ("odd_chunk_no_rotary", "large_inputs", "padded")),
   ("three_groups", "float32"),
+  ("documents", "float32"),
   ("two_tiles", "float16"),
 ]
 TOKENS = 13
@@ -65,6 +72,9 @@ EVERY = (1, 2, 3, 4, 6, 7, 12, 13, 14)  # chunk sizes of a row of so many tokens
 def given(name, dtype):
   """(inputs, cotangents) of a case."""
   inputs = cases.make_inputs(SOME[name], np.dtype(dtype))
+  if name == "documents":
+    ids = np.stack([np.repeat(np.arange(len(row)), row) for row in DOCUMENTS])
+    inputs |= dict(segment_ids=ids.astype(np.int32), lengths=np.int32([60, 40, 0]))
   return inputs, cotangents(function("reference", name), inputs)
 
 
@@ -88,14 +98,29 @@ def small_tiles(problem, _=H100):
   """Block sizes that give small cases several of everything."""
   config, tile = triton.choose_config(problem, H100), triton.Tile(16, 16, 4, 2)
   lanes = dataclasses.replace(config.lanes, heads=min(2, config.lanes.heads))
+  if problem.documents:
+    lanes = dataclasses.replace(lanes, chunks=2)
   return triton.Config(lanes, tile, tile, tile, splits=2)
 
 
-def finish(lengths, length, chunk_size):
+def with_documents(inputs, chunk_size):
+  """`inputs` as the differentiable function has them."""
+  if "segment_ids" not in inputs:
+    return inputs
+  segments = run_index(inputs["segment_ids"])
+  return inputs | dict(documents=triton_vjp.documents_of(segments, inputs["lengths"], chunk_size))
+
+
+def finish(inputs, chunk_size):
   """A function from the kernels' results to those of `cases.RESULTS`."""
+  lengths, length = inputs.get("lengths"), inputs["value"].shape[1]
 
   def results(*kernels):
-    output, state = triton_vjp.with_state(kernels, lengths, length, chunk_size)
+    if documents := inputs.get("documents"):
+      output = zero_padding(kernels[0], lengths)
+      state = layout.final_state(documents.found, documents.fits, *kernels[1:], chunk_size)
+    else:
+      output, state = triton_vjp.with_state(kernels, lengths, length, chunk_size)
     return output, *state[:4]
 
   return results
@@ -103,13 +128,14 @@ def finish(lengths, length, chunk_size):
 
 def program(inputs, cotangent, options):
   """The launches of a forward and a backward pass, and their arrays."""
+  arrays, inputs = dict(inputs), with_documents(inputs, options["chunk_size"])
   problem = triton_vjp.problem_of(inputs, **options)
-  arrays = inputs | jax.device_get(triton_vjp.prepared(inputs, **options))
-  batch, length, heads, dim = inputs["value"].shape
+  arrays |= jax.device_get(triton_vjp.prepared(inputs, **options))
+  batch, _, heads, dim = inputs["value"].shape
   summaries = np.zeros((batch, problem.slots, heads, dim), problem.dtype)
   running = np.zeros((batch, heads, dim), np.float32)
   zeros = (np.zeros_like(inputs["value"]), summaries, summaries, running, running)
-  last = finish(inputs.get("lengths"), length, options["chunk_size"])
+  last = finish(inputs, options["chunk_size"])
   results, pull = jax.vjp(last, *zeros)
   cotangent = tuple(jnp.asarray(c, r.dtype) for c, r in zip(cotangent, results, strict=True))
   names = ("d_output", "d_state_key", "d_state_value", "d_running_key", "d_running_value")
@@ -126,9 +152,9 @@ def case_program(name, dtype):
 
 def results_of(arrays, options):
   """Outputs and gradients by name, from the arrays after all launches."""
-  arrays = triton_vjp.finished(arrays, **options)
+  arrays = triton_vjp.finished(with_documents(arrays, options["chunk_size"]), **options)
   kernels = (arrays[n] for n in ("output", "keys", "values", "running_key", "running_value"))
-  last = finish(arrays.get("lengths"), arrays["value"].shape[1], options["chunk_size"])
+  last = finish(arrays, options["chunk_size"])
   return arrays | dict(zip(cases.RESULTS, last(*kernels), strict=True))
 
 
@@ -188,7 +214,15 @@ def without_launch(kernel):
   return spoil
 
 
+def with_arrays(**changes):
+  """A fault: these inputs are functions of what they should be."""
+  return lambda launches, arrays: (
+    launches, arrays | {name: np.asarray(f(arrays[name])) for name, f in changes.items()}
+  )  # fmt: skip
+
+
 LAST = "recurrence_gradient_kernel"
+PACKED = ("documents", "float32")
 # (fault, run): every one of them must fail the comparison.
 FAULTS = {
   "future_seen": (with_constants("attend_kernel", L=1), SMALL),
@@ -206,6 +240,14 @@ FAULTS = {
   "summaries_without_gradient": (without_launch("slot_gradient_kernel"), SMALL),
   "state_without_gradient": (without("d_state_value"), SMALL),
   "running_sum_without_gradient": (without("d_running_key"), SMALL),
+  "other_documents_seen": (with_arrays(first=lambda x: 0 * x), PACKED),
+  "first_chunk_unseen": (with_arrays(first=lambda x: x + 1), PACKED),
+  "first_chunk_unseen_backwards": (with_inputs("slot_gradient_kernel", first="last"), PACKED),
+  "chunks_numbered_by_slot": (
+    with_arrays(numbers=lambda x: 0 * x + np.arange(x.shape[1], dtype=np.int32) // 2),
+    PACKED,
+  ),
+  "documents_not_restarted_backwards": (with_constants(LAST, DOCUMENTS=False), PACKED),
   "gate_without_gradient": (with_inputs("row_gradient_kernel", output_logits="value"), SMALL),
 }
 
@@ -307,9 +349,9 @@ def test_query_of_a_single_chunk_has_no_gradient(interpreted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["padded", "packed_and_padded"])
+@pytest.mark.parametrize("name", ["padded", "single_token_documents", "packed_and_padded"])
 def test_whole_operator(name, monkeypatch):
-  """The differentiable function itself, its launches interpreted: also with documents and state."""
+  """The differentiable function, its launches interpreted; also what is left to the softmax's."""
   pytest.importorskip("triton")
 
   def run_launches(launches, arrays, gpu):

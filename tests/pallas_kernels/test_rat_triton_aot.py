@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attnzoo.pallas_kernels.rat_attention import RatState, rat_attention, triton
+from attnzoo.pallas_kernels.rat_attention import RatState, layout, rat_attention, triton
 from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100, compile_launch
 
 pytestmark = [
@@ -22,14 +22,16 @@ needs_plugin = pytest.mark.skipif(
 )
 
 FLOAT32 = ("cos", "sin", "gate_bias", "own_score", "d_running_key", "d_running_value")
+INT32 = ("first", "last", "begins", "numbers", "lengths")
 SOFTMAX = ("attend_kernel", "row_gradient_kernel", "slot_gradient_kernel")
 RECURRENCE = ("recurrence_kernel", "recurrence_gradient_kernel")
 # (GPU, (B, T, H, G, K, L), dtype, most bytes that a thread may spill, most shared memory). L = 0 is
-# the softmax alone, with slots of its own for every token.
+# the softmax alone, with slots of its own for every token; "packed" has documents.
 COMPILED = {
   "h100-layer": (H100, (4, 4096, 16, 2, 128, 16), "bfloat16", 0, 102400),
   "h100-long-chunks": (H100, (1, 8192, 16, 2, 64, 64), "bfloat16", 0, 53248),
   "h100-documents": (H100, (2, 4000, 16, 16, 128, 0), "bfloat16", 0, 118784),
+  "h100-packed": (H100, (4, 4096, 16, 2, 128, 16), "bfloat16", 0, 102400),
   "a100-many-slots": (A100, (1, 32768, 16, 2, 128, 16), "bfloat16", 0, 76800),
   "a100-narrow": (A100, (2, 4096, 8, 2, 64, 16), "bfloat16", 0, 40960),
   "a100-float32": (A100, (1, 4096, 8, 2, 128, 16), "float32", 384, 102400),
@@ -42,12 +44,13 @@ def test_machine_code(name):
   batch, length, heads, groups, dim, chunk_size = sizes
   aligned = chunk_size > 0
   slots = length // (chunk_size or 16)
-  problem = triton.Problem(*sizes[:5], slots, chunk_size, dtype, aligned, aligned, False)
+  packed = "packed" in name
+  problem = triton.Problem(*sizes[:5], slots, chunk_size, dtype, aligned, aligned, packed, packed)
   config = triton.choose_config(problem, gpu)
   launches = triton.forward_launches(problem, config) + triton.backward_launches(problem, config)
   dtypes = {name: dtype for launch in launches for name in launch.inputs}
   dtypes |= {n: s.dtype.name for launch in launches for n, s in launch.outputs.items()}
-  dtypes |= dict.fromkeys(FLOAT32, "float32") | dict(first="int32", last="int32")
+  dtypes |= dict.fromkeys(FLOAT32, "float32") | dict.fromkeys(INT32, "int32")
   if not aligned:
     dtypes |= dict(own_value="float32", d_output="float32")
   found = {launch.kernel.split(":")[1]: compile_launch(launch, dtypes, gpu) for launch in launches}
@@ -121,27 +124,32 @@ def test_whole_program_has_the_kernels_alone(shape):
 
 
 @needs_plugin
-@pytest.mark.parametrize("aligned", [True, False])
-def test_the_kernels_are_the_default_on_a_gpu(aligned):
-  """With documents, padding and a state in the middle of a chunk: the softmax is the kernels'."""
+@pytest.mark.parametrize(
+  ("documents", "state", "count"),
+  [(False, False, 5), (True, False, 5), (True, True, 3)],
+)
+def test_the_kernels_are_the_default_on_a_gpu(documents, state, count, monkeypatch):
+  """With padding, and a state in the middle of a chunk: then the softmax is the kernels'."""
+  # Compiling the portable path for documents that do not fit takes half a minute.
+  monkeypatch.setattr(layout, "either", lambda fits, kernel, general: kernel())
   lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
   ids = jax.ShapeDtypeStruct((2, 100), jnp.int32)
   slots = jax.ShapeDtypeStruct((2, 9, 4, 64), jnp.bfloat16)
   running = jax.ShapeDtypeStruct((2, 4, 64), jnp.float32)
-  state = RatState(slots, slots, running, running, lengths)
+  given = RatState(slots, slots, running, running, lengths)
 
   def total(floats, lengths, ids, position):
-    *tokens, state = floats
+    *tokens, before = floats
     rows = dict(lengths=lengths)
-    if not aligned:
-      rows |= dict(segment_ids=ids, initial_state=state._replace(position=position))
+    rows |= dict(segment_ids=ids) if documents else {}
+    rows |= dict(initial_state=before._replace(position=position)) if state else {}
     output, after = rat_attention(*tokens, chunk_size=16, **rows)
     floats = jax.tree.leaves(after._replace(position=None))
     return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in (output, *floats))
 
-  floats = (*tokens(2, 100, 4, 2, 64), state._replace(position=None))
+  floats = (*tokens(2, 100, 4, 2, 64), given._replace(position=None))
   compiled = compile_for_h100(jax.grad(total), floats, lengths, ids, lengths)
-  assert operations(compiled)[0] == (5 if aligned else 3)
+  assert operations(compiled)[0] == count
 
 
 @needs_plugin
