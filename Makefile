@@ -31,7 +31,7 @@ comma := ,
 DEVICE := $(if $(findstring cuda,$(JAX_PLATFORMS)),$(comma)cuda)$(if $(findstring tpu,$(JAX_PLATFORMS)),$(comma)tpu)
 PYTEST := $(PY) -m pytest --durations=15
 .DEFAULT_GOAL := help
-.PHONY: help train train-long recall length-speed length-generalisation test test-fast test-gpu bench bench-gpu numerics lint format clean
+.PHONY: help train train-long recall length-speed length-generalisation length-extrapolation test test-fast test-gpu bench bench-gpu numerics lint format clean
 
 help: ## print this list
 	@echo "attnzoo (jax platform here: $(JAX_PLATFORMS))"
@@ -56,6 +56,10 @@ length-speed: ## time one layer of RAT, of attention and of a recurrence against
 length-generalisation: ## train small models on short rows, measure their loss on longer ones
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.length_generalisation $(ARGS)
+
+length-extrapolation: ## the same for softplus attention, 16 times as long, with passkey retrieval
+	@.ci/set-up data$(DEVICE)
+	$(PY) -m attnzoo.experiments.length_extrapolation $(ARGS)
 
 test: ## set up and run every test that needs no GPU
 	@.ci/set-up test

@@ -47,7 +47,7 @@ def markdown(records: Sequence[Mapping], env: Mapping) -> str:
     " read with so many tokens in all: every column has the same targets. \"change\" is from the"
     f" training length to the last column. Trained {first['steps']:,} steps of"
     f" {first['batch_size']} rows of {first['length']:,} tokens."
-    f" {_where(env)}; {seconds:,.0f} s in all.",
+    f" {where(env)}; {seconds:,.0f} s in all.",
     f"Published: figure 6 of the paper, read off it; {GENERALISATION_SETTING}.",
     "",
     "| " + " | ".join(header) + " |",
@@ -95,14 +95,15 @@ def plot(path: pathlib.Path, records: Sequence[Mapping], env: Mapping) -> None:
     panel.grid(alpha=0.3)
   left.legend(fontsize=8)
   figure.suptitle(
-    f"trained on rows of {records[0]['length']:,} tokens (grey line); {_where(env)}", fontsize=8
+    f"trained on rows of {records[0]['length']:,} tokens (grey line); {where(env)}", fontsize=8
   )
   figure.tight_layout()
   figure.savefig(path, dpi=150)
   plt.close(figure)
 
 
-def _where(env: Mapping) -> str:
+def where(env: Mapping) -> str:
+  """Device, version, commit and date of a report."""
   return (
     f"{env['device']} ({env['platform']}; host {env['processor']}), jax {env['versions']['jax']},"
     f" commit {env['commit']}, {env['date']}"

@@ -36,3 +36,25 @@ GENERALISATION: dict[str, tuple[str, str]] = {  # series -> (loss at 4,096, at 1
   "attention-swa-nope": ("2.58 to 2.60", "3.03"),
   "rnn": ("2.69", "2.67"),
 }
+
+# "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models"
+# (2025): validation loss by the length of the rows it is read in, from public notes on the version
+# of 2026. The abstract speaks of 16 times the training length; no number for it is known to us.
+EXTRAPOLATION_SETTING = "124 M weights, FineWeb-10B, trained in rows of 1,024 tokens"
+EXTRAPOLATION_LENGTH = 1024
+EXTRAPOLATION: dict[str, dict[int, float]] = {  # series -> tokens -> nats per token
+  "softmax": {1024: 3.19, 2048: 4.17, 4096: 5.45, 8192: 6.28},
+  "sigmoid": {1024: 3.19, 2048: 7.46, 4096: 11.84, 8192: 14.50},
+  "relu": {1024: 3.21, 2048: 6.27, 4096: 8.50, 8192: 10.35},
+  "lssa": {1024: 3.19, 2048: 4.13, 4096: 5.30, 8192: 5.94},
+  "lssar-p3": {1024: 3.18, 2048: 4.24, 4096: 5.41, 8192: 6.30},
+  "lssar-p15": {1024: 3.19, 2048: 3.19, 4096: 3.23, 8192: 3.32},
+}
+# Softmax with the re-weighting; whether it was trained with it is not known.
+EXTRAPOLATION_REWEIGHTED_SOFTMAX = {8192: 7.02}
+# Keys retrieved, without practice; wording, depths and number of trials are not known. LSSAR is
+# said not to be at 0 at 8,192 tokens.
+PASSKEY: dict[str, dict[int, float]] = {  # series -> tokens -> share
+  "softmax": {1024: 0.64, 1536: 0.0, 4096: 0.0, 8192: 0.0},
+  "lssar-p15": {1024: 0.86, 1536: 0.45, 4096: 0.20},
+}
