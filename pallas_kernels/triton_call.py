@@ -25,6 +25,7 @@ class Launch:
   constants: Mapping[str, object]
   num_warps: int
   num_stages: int
+  max_registers: int | None = None  # per thread, for more programs side by side (jax-triton >= 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _call(launch, operands, gpu):
   if "out_type" in inspect.signature(jax_triton.triton_call).parameters:  # jax-triton >= 0.4
     # PTX 9.0 is CUDA 13.0's, the oldest that jax[cuda13] runs with; triton's own assembler may be
     # newer than the one that will read it. Fusing a * b + c is what older versions do by default.
-    options |= dict(out_type=shapes, backend_options=dict(ptx_version=90, enable_fp_fusion=True))
+    backend = dict(ptx_version=90, enable_fp_fusion=True, maxnreg=launch.max_registers)
+    options |= dict(out_type=shapes, backend_options=backend)
   else:
     options |= dict(out_shape=shapes)
 

@@ -36,6 +36,7 @@ CASES = (
   _case("wide_heads", ("aot",), 1, 4096, 8, 128),
   _case("ragged_packed", ("aot",), 2, 4000, 4, 64, kv_heads=2, segments="packed", lengths=True,
         state="many"),
+  _case("longest", ("aot",), 1, 65536, 2, 128, kv_heads=1),
   # Time against length on a CPU.
   *(_case(f"length_{t // 1024}k_{name}", ("bench",), 1, t, 8, 64, variant=name)
     for t in (1024, 4096, 16384) for name in ("lssa", "lssar_p15")),

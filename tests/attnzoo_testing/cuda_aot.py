@@ -54,7 +54,10 @@ def compile_launch(launch: Launch, dtypes: dict[str, str], gpu: Gpu) -> Resource
     # jax aligns every array, and jax-triton tells the compiler so.
     attrs={(index,): [["tt.divisibility", 16]] for index in range(len(pointers))},
   )
-  options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True)
+  options = dict(
+    num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
+    enable_fp_fusion=True,
+  )  # fmt: skip
   target = GPUTarget("cuda", gpu.compute_capability, 32)
   compiled = triton.compile(source, target=target, options=options)
   return _resources(compiled.asm["ptx"], compiled.metadata.shared, gpu)

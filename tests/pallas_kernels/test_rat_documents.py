@@ -181,6 +181,7 @@ def compare(inputs, cotangent, portable, truth):
 
 
 @pytest.mark.usefixtures("kernels_only")
+@pytest.mark.slow
 def test_kernels_on_documents():
   """Output, final state and all gradients."""
   compare(*packed())

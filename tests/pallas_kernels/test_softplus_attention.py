@@ -215,7 +215,7 @@ def test_what_is_refused():
     softplus_attention(x, x, x, initial_state=empty_cache(1, 3, 2, 8, 8, jnp.float32))
   with pytest.raises(ValueError, match="chunk_size must be at least 1; got 0"):
     softplus_attention(x, x, x, chunk_size=0)
-  with pytest.raises(NotImplementedError, match='implementation="triton" has no kernel'):
+  with pytest.raises(NotImplementedError, match='implementation="triton"'):
     softplus_attention(x, x, x, implementation="triton")
   for change, message in (
     (dict(score="softmax"), "score must be one of"),
