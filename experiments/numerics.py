@@ -54,7 +54,7 @@ def main(argv):
     for dtype in FLAGS.dtypes:
       for case in cases:
         print(f"{name} {dtype} {case.name} ...", file=sys.stderr, flush=True)
-        rows += errors(operator, case, jnp.dtype(dtype), runnable)
+        rows += errors(operator, case, jnp.dtype(dtype), runnable, not_run)
   env = report.environment()
   text = render(rows, not_run, env)
   print(text)
@@ -79,14 +79,22 @@ def how_to_run(implementation: str) -> tuple[dict, str | None]:
   return dict(implementation=implementation), None
 
 
-def errors(operator, case, dtype, runnable) -> list[dict]:
-  """One row per implementation: the relative error of each result and gradient."""
+def errors(operator, case, dtype, runnable, not_run) -> list[dict]:
+  """One row per implementation: the relative error of each result and gradient.
+
+  What a kernel does not take is noted in `not_run`.
+  """
   inputs = operator.cases.make_inputs(case, dtype)
   static = operator.cases.static_options(case)
   exact = operators.truth(operator, inputs, **static)
   rows = []
   for implementation, options in runnable.items():
-    got = operators.named_results(operator, inputs, **static, **options)
+    try:
+      got = operators.named_results(operator, inputs, **static, **options)
+    except NotImplementedError as refusal:
+      key = f"{operator.name} / {implementation} / {case.name}"
+      not_run[key] = str(refusal).partition("; got")[0]
+      continue
     error = {name: operators.relative_error(got[name], exact[name]) for name in exact}
     rows.append(dict(operator=operator.name, implementation=implementation, dtype=str(dtype),
                      case=case.name, interpreted=bool(options.get("interpret")),

@@ -9,8 +9,8 @@ sentence with the key stands at a depth drawn uniformly from all bytes of the fi
 a key are drawn without repetition. Answered are the digits at the end.
 
 As tokens a text has the end id in front, as documents have in training, and behind it: N + 2 ids.
-The papers that report passkey retrieval pin neither wording nor depths nor the number of trials;
-the sentences are those that the task was introduced with (Landmark Attention, 2023), shortened.
+The task is that of Landmark Attention (2023). The paper of softplus attention pins neither wording
+nor depths nor the number of trials; those here are ours.
 """
 
 import json
@@ -26,7 +26,7 @@ from attnzoo.experiments.data.examples import NO_TARGET, ExampleBlock
 from attnzoo.experiments.data.tokenizers import ByteTokenizer
 
 FILLER = (
-  "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+  "Rain fell on the old roof. A dog slept by the stove. Nobody came. The clock went on and on. "
 )
 KEY = "The pass key is {}. "
 QUESTION = "The pass key is "

@@ -199,7 +199,7 @@ def test_help_is_one_screen_of_what_it_does():
 def test_numerics_rows_and_worst_case(operator):
   small = [case for case in operator.cases.CASES if case.name in ("one_token", "no_decay")]
   runnable = dict(xla=dict(implementation="xla"))
-  rows = [numerics.errors(operator, case, np.dtype("float32"), runnable)[0] for case in small]
+  rows = [numerics.errors(operator, case, np.dtype("float32"), runnable, {})[0] for case in small]
   wanted = {"output", "final_state", "d_query", "d_key", "d_value"}
   for row in rows:
     assert wanted <= set(row["error"])
@@ -223,3 +223,9 @@ def test_numerics_never_drops_an_implementation():
   assert options == dict(implementation="tpu", interpret=True)
   assert reason is None
   assert "NVIDIA GPU" in numerics.how_to_run("triton")[1]
+  softplus, not_run = operators.find("softplus_attention"), {}
+  (case,) = (case for case in softplus.cases.CASES if case.name == "sigmoid_packed")
+  runnable = {name: numerics.how_to_run(name)[0] for name in ("xla", "tpu")}
+  rows = numerics.errors(softplus, case, np.dtype("float32"), runnable, not_run)
+  assert [row["implementation"] for row in rows] == ["xla"]
+  assert "variant must be LSSA or LSSAR" in not_run["softplus_attention / tpu / sigmoid_packed"]

@@ -88,7 +88,8 @@ def check_compiled(case, dtype, chip):
   # Documents: nine arrays are moved, and rows are up to a fourth longer.
   assert moved <= (2.8 if "segments" in case.options else 1.1) * least, moved
   assert compiled.cost_analysis()["bytes accessed"] <= 3.3 * least  # copies to VMEM included
-  assert wide_arrays(compiled, case) == []
+  if dtype != jnp.float32:
+    assert wide_arrays(compiled, case) == []
   if "segments" in case.options:
     return
   assert layout_copies(compiled, at_least=size["length"] * width // 2) == []

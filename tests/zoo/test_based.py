@@ -186,7 +186,7 @@ def test_residual_stream_is_float32_under_bfloat16():
   tokens = jnp.zeros((1, 5), jnp.int32)
   for wide, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
     model = zoo.build(dataclasses.replace(config, residual_in_float32=wide), nnx.Rngs(0))
-    x = model._embed(tokens)
+    x = model._embed(tokens, jnp.arange(tokens.shape[1])[None])
     assert x.dtype == dtype
     assert jax.eval_shape(model.layers()[0], x)[0].dtype == dtype
     hidden, state = jax.eval_shape(model.hidden, tokens)

@@ -172,7 +172,7 @@ def test_residual_stream_is_float32_under_bfloat16():
   for wide, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
     config = dataclasses.replace(SMALL, dtype="bfloat16", residual_in_float32=wide)
     model = zoo.build(config, nnx.Rngs(0))
-    assert model._embed(tokens).dtype == dtype
+    assert model._embed(tokens, jnp.arange(tokens.shape[1])[None]).dtype == dtype
     hidden, _ = jax.eval_shape(model.hidden, tokens)
     assert hidden.dtype == jnp.bfloat16
 
