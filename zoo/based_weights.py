@@ -13,6 +13,8 @@ from . import based
 from .based import BasedConfig
 from .weights import (
   Slot,
+  activation_in,
+  check_config_json,
   dump_slots,
   find_preset,
   from_heads,
@@ -107,18 +109,8 @@ def config_beside(source: str | os.PathLike | Mapping) -> BasedConfig:
   """The configuration that the `config.json` beside a checkpoint describes."""
   required = ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_emb_fraction")
   file, raw = read_config_json(source, required)
-  for name, good in _ONLY.items():
-    if name in raw and raw[name] not in good:
-      raise ValueError(
-        f"import_weights: {name} of {file} must be {good[0]}; got {raw[name]!r} (no released model"
-        " has it)"
-      )
-  name = raw.get("activation_function", "swiglu")
-  if name not in _ACTIVATIONS:
-    raise ValueError(
-      f"import_weights: activation_function of {file} must be one of {list(_ACTIVATIONS)}; got"
-      f" {name!r} (released models have swiglu)"
-    )
+  check_config_json(file, raw, _ONLY, "no released model has it")
+  activation = activation_in(file, raw, _ACTIVATIONS, "swiglu", "released models have swiglu")
   features, multiple = raw["n_embd"], raw.get("pad_vocab_size_multiple") or 1
   hidden, hidden_multiple = raw.get("n_inner") or 8 * features // 3, raw.get("mlp_multiple_of")
   fields: dict[str, Any] = dict(
@@ -127,7 +119,7 @@ def config_beside(source: str | os.PathLike | Mapping) -> BasedConfig:
     num_layers=raw["n_layer"],
     heads=raw["n_head"],
     glu_dim=_up(hidden, hidden_multiple or 256),
-    glu_activation=_ACTIVATIONS[name],
+    glu_activation=activation,
     rotary_fraction=float(raw["rotary_emb_fraction"]),
     rotary_base=float(raw.get("rotary_emb_base") or 10000),
     norm_eps=raw.get("layer_norm_epsilon", 1e-5),

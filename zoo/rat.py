@@ -164,6 +164,3 @@ PRESETS: dict[str, RatConfig] = {
   "rat-attention-tiny": RatConfig(**_TINY, mixer="attention"),
   "rat-attention-swa-tiny": RatConfig(**_TINY, mixer="attention", other_mixer="local"),
 }
-
-# Presets that cannot take a published checkpoint, and why.
-NO_IMPORT: dict[str, str] = {}

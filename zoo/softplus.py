@@ -143,7 +143,6 @@ def parameter_count(config: SoftplusConfig) -> int:
 _124M = dict(vocab_size=50304, features=768, num_layers=12, heads=12, dtype="bfloat16")
 _GPT2 = dict(vocab_size=50257, variant=SOFTMAX, learned_positions=1024)
 _TINY = dict(vocab_size=257, features=128, num_layers=3, heads=2)
-NO_IMPORT: dict[str, str] = {}  # whatever has GPT-2's layout can be
 PRESETS: dict[str, SoftplusConfig] = {
   # GPT-2 small (50257 tokens, padded), each attention of the paper's table of losses.
   "softplus-124m": SoftplusConfig(**_124M),

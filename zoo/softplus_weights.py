@@ -19,6 +19,8 @@ from .softplus import SOFTMAX, SoftplusConfig
 from .weights import (
   Conversion,
   Slot,
+  activation_in,
+  check_config_json,
   dump_slots,
   find_preset,
   from_heads,
@@ -101,17 +103,8 @@ def export_weights(
 def config_beside(source: str | os.PathLike | Mapping) -> SoftplusConfig:
   """The configuration that the `config.json` beside a GPT-2 checkpoint describes: softmax."""
   file, raw = read_config_json(source, ("vocab_size", "n_embd", "n_layer", "n_head"))
-  for name, good in _ONLY.items():
-    if name in raw and raw[name] not in good:
-      raise ValueError(
-        f"import_weights: {name} of {file} must be {good[0]}; got {raw[name]!r} (GPT-2 has it so)"
-      )
-  name = raw.get("activation_function", "gelu_new")
-  if name not in _ACTIVATIONS:
-    raise ValueError(
-      f"import_weights: activation_function of {file} must be one of {list(_ACTIVATIONS)}; got"
-      f" {name!r} (GPT-2 has gelu_new)"
-    )
+  check_config_json(file, raw, _ONLY, "GPT-2 has it so")
+  activation = activation_in(file, raw, _ACTIVATIONS, "gelu_new", "GPT-2 has gelu_new")
   return SoftplusConfig(
     vocab_size=raw["vocab_size"],
     features=raw["n_embd"],
@@ -119,7 +112,7 @@ def config_beside(source: str | os.PathLike | Mapping) -> SoftplusConfig:
     heads=raw["n_head"],
     variant=SOFTMAX,
     hidden=raw.get("n_inner"),
-    activation=_ACTIVATIONS[name],
+    activation=activation,
     norm_eps=raw.get("layer_norm_epsilon", 1e-5),
     learned_positions=raw.get("n_positions", 1024),
     init_stddev=raw.get("initializer_range", 0.02),

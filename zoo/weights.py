@@ -71,8 +71,9 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 def find_preset(name: str, family: ModuleType) -> Any:
   """The configuration of a preset of a zoo module, if checkpoints of it can be imported."""
-  if name in family.NO_IMPORT:
-    raise ValueError(f"import_weights: {name!r} cannot be imported: {family.NO_IMPORT[name]}")
+  unpublished = getattr(family, "NO_IMPORT", {})
+  if name in unpublished:
+    raise ValueError(f"import_weights: {name!r} cannot be imported: {unpublished[name]}")
   if name not in family.PRESETS:
     near = difflib.get_close_matches(name, family.PRESETS, n=1, cutoff=0.0)
     raise ValueError(
@@ -107,6 +108,30 @@ def read_config_json(
   if absent := [name for name in required if name not in raw]:
     raise ValueError(f"import_weights: {file} must have the fields {', '.join(absent)}")
   return file, raw
+
+
+def check_config_json(
+  file: pathlib.Path, raw: Mapping[str, Any], only: Mapping[str, tuple], reason: str
+) -> None:
+  """Raises ValueError for a field of `config.json` that has none of the values it must have."""
+  for name, good in only.items():
+    if name in raw and raw[name] not in good:
+      raise ValueError(
+        f"import_weights: {name} of {file} must be {good[0]}; got {raw[name]!r} ({reason})"
+      )
+
+
+def activation_in(
+  file: pathlib.Path, raw: Mapping[str, Any], known: Mapping[str, str], default: str, reason: str
+) -> str:
+  """Our name of the `activation_function` in `config.json`; ValueError for an unknown one."""
+  name = raw.get("activation_function", default)
+  if name not in known:
+    raise ValueError(
+      f"import_weights: activation_function of {file} must be one of {list(known)}; got"
+      f" {name!r} ({reason})"
+    )
+  return known[name]
 
 
 def without_head_copy(

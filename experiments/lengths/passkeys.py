@@ -44,12 +44,9 @@ def tuning(
     experiment,
     data=DataConfig(
       source="sft", path=str(paths[0]), validation_path=str(paths[1]), sft_open=True,
-      sft_pack=True,
-      sequence_length=length, batch_size=rows, seed=seed,
+      sft_pack=True, sequence_length=length, batch_size=rows, seed=seed,
     ),
-    optimizer=dataclasses.replace(
-      experiment.optimizer, warmup_fraction=0.05
-    ),
+    optimizer=dataclasses.replace(experiment.optimizer, warmup_fraction=0.05),
     train=dataclasses.replace(experiment.train, steps=task.steps, init_from=str(source)),
   )  # fmt: skip
 
@@ -68,7 +65,7 @@ def retrieval(
   Args:
     lengths: of the texts; the same texts for every model.
     tokens: read at once, or one text where that is longer.
-  """  # fmt: skip
+  """
   predict, found = jax.jit(recall.make_predict(parts)), []
   for length in lengths:
     passkeys = draw_passkeys(length, task.trials, task.digits, seed=3 * seed + 2)

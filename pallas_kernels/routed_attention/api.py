@@ -1,7 +1,5 @@
 """The public function: checks, choice of implementation."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -35,7 +33,6 @@ def routed_attention(
   lengths: Int[Array, " B"] | None = None,
   initial_state: RoutedState | None = None,
   implementation: str | None = None,
-  interpret: Any = False,
 ) -> tuple[Float[Array, "B T H V"], RoutedState]:
   """Attention among the tokens that are near the same centroid.
 
