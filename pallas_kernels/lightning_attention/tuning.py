@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import target_platform
+from ..tpu_sizes import round_up
 
 CHUNK = 256
 PANEL = 128
@@ -42,7 +43,7 @@ def choose_blocks(
   length: the kernel then needs no masks. Otherwise little of the last step should be padding.
   """
   wide = _matrix_unit_columns() > PANEL
-  chunk = _round_up(min(chunk_size or CHUNK, length), ROW_MULTIPLE)
+  chunk = round_up(min(chunk_size or CHUNK, length), ROW_MULTIPLE)
   panel = chunk if wide or chunk % PANEL else PANEL
   count = -(-length // chunk)
   most = max(1, min(MAX_ROWS // chunk, count))
@@ -59,7 +60,7 @@ def choose_blocks(
 def vmem_estimate(chunk: int, unroll: int, key_dim: int, value_dim: int, dtype: jnp.dtype) -> int:
   """Bytes of the backward kernel's double-buffered blocks and of its scratch."""
   width = jnp.dtype(dtype).itemsize
-  key_dim, value_dim = (_round_up(dim, 128) for dim in (key_dim, value_dim))
+  key_dim, value_dim = (round_up(dim, 128) for dim in (key_dim, value_dim))
   blocks = 2 * width * chunk * unroll * (4 * key_dim + 3 * value_dim)
   states = 3 * width * unroll * key_dim * value_dim + 4 * 4 * key_dim * value_dim
   scratch = 4 * chunk * (chunk + 3 * max(key_dim, value_dim)) + 4 * width * chunk * chunk
@@ -70,7 +71,3 @@ def _matrix_unit_columns() -> int:
   if target_platform() != "tpu":
     return PANEL  # the CPU interpreter
   return pltpu.get_tpu_info().mxu_column_size
-
-
-def _round_up(value: int, multiple: int) -> int:
-  return -(-value // multiple) * multiple

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..segments import pad_length
+from ..tpu_sizes import round_up, vmem_bytes, vmem_limit
 from . import tpu_rows as rows_of
 from . import tpu_softmax as softmax
 from . import tpu_tuning
@@ -119,7 +120,7 @@ def fits(value, slots: int) -> bool:
   """Whether `slots` summaries of a head fit in VMEM."""
   width, fold = tpu_tuning.head_width(*value.shape[2:])
   size = slots, tpu_tuning.ATTEND_ROWS, width * fold, value.dtype
-  return tpu_tuning.attend_estimate(*size) <= tpu_tuning.vmem_bytes()
+  return tpu_tuning.attend_estimate(*size) <= vmem_bytes()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -198,11 +199,11 @@ attend_tpu.defvjp(_forward, _backward)
 def _plan(query, keys, interpret):
   batch, length, heads, dim = query.shape
   width, fold = tpu_tuning.head_width(heads, dim)
-  rows = min(tpu_tuning.round_up(length, rows_of.LANES), tpu_tuning.ATTEND_ROWS)
+  rows = min(round_up(length, rows_of.LANES), tpu_tuning.ATTEND_ROWS)
   tile = tpu_tuning.tile_size(keys.shape[1])
-  slots = tpu_tuning.round_up(keys.shape[1], tile)
+  slots = round_up(keys.shape[1], tile)
   return AttendPlan(
-    batch, tpu_tuning.round_up(length, rows), heads // fold, width, fold, rows, slots,
+    batch, round_up(length, rows), heads // fold, width, fold, rows, slots,
     tile, query.dtype, interpret,
   )  # fmt: skip
 
@@ -288,7 +289,7 @@ def _call(kernel, name, plan, bounds, operands, inputs, outputs, scratch, produc
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=tpu_tuning.vmem_limit(
+      vmem_limit_bytes=vmem_limit(
         tpu_tuning.attend_estimate(plan.slots, plan.rows, plan.lanes, plan.dtype)
       ),
     ),

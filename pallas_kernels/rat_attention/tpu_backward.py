@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..tpu_sizes import vmem_limit
 from . import tpu_rows as rows_of
 from . import tpu_softmax as softmax
 from .tpu import turn_queries
 from .tpu_rows import Plan
-from .tpu_tuning import vmem_estimate, vmem_limit
+from .tpu_tuning import vmem_estimate
 
 
 class Inputs(NamedTuple):

@@ -24,9 +24,9 @@ cycles with both branches, of which a step runs one; reading or writing them tak
 """
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import target_platform
+from ..tpu_sizes import SMALL_VMEM, round_up, vmem_bytes
 from . import tpu_rows as rows_of
 
 MAX_ROWS = 1024  # tokens of one head per grid step, where 16 chunks are not longer
@@ -35,15 +35,6 @@ TILE = 128  # summaries per product, and where there are more than 4 tiles of th
 WIDE_TILE = 256
 LONGEST_CHUNK = 128  # that the fused kernels take
 MOVED_LANES = 2048  # that the kernel which moves rows takes together
-# What blocks and scratch may take: of 16 MiB that every chip has, or of what the chip in question
-# has less the compiler's own.
-SMALL_VMEM = 12 * 2**20
-DEFAULT_LIMIT = 16 * 2**20
-TEMPORARIES = 18 * 2**20
-
-
-def round_up(number: int, multiple: int) -> int:
-  return -(-number // multiple) * multiple
 
 
 def padded_chunk(chunk_size: int) -> int:
@@ -108,17 +99,3 @@ def attend_estimate(slots: int, rows: int, lanes: int, dtype: jnp.dtype) -> int:
   """Bytes of the gradient kernel of the softmax alone."""
   width = jnp.dtype(dtype).itemsize
   return slots * lanes * 2 * (2 * width + 2 * 4) + rows * lanes * (8 * width + 4 * 4)
-
-
-def vmem_limit(estimate: int) -> int | None:
-  """Bytes of VMEM to ask for; None is the compiler's default, 16 MiB or more."""
-  small = estimate <= SMALL_VMEM // 2 or vmem_bytes() == SMALL_VMEM
-  return None if small else estimate + TEMPORARIES
-
-
-def vmem_bytes() -> int:
-  """What estimates may come to on the chip that is compiled for."""
-  if target_platform() != "tpu":
-    return SMALL_VMEM
-  capacity = pltpu.get_tpu_info().vmem_capacity_bytes
-  return SMALL_VMEM if capacity <= DEFAULT_LIMIT else capacity - TEMPORARIES - 2 * 2**20

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..segments import zero_padding
+from ..tpu_sizes import round_up
 from . import layout, tpu, tpu_arrays, tpu_attend, tpu_backward, tpu_packed, tpu_rows, tpu_tuning
 from .state import RatState, state_of_chunks
 from .tpu_arrays import CLOSED
@@ -261,9 +262,9 @@ def make_plan(
   # What documents get beyond their capacity is more room for them.
   chunks = tpu_tuning.chunks_per_block(chunk, padded, value.dtype, 8 if documents else 16)
   rows = chunk * chunks
-  padded = tpu_tuning.round_up(padded, rows)
+  padded = round_up(padded, rows)
   tile = tpu_tuning.tile_size(padded // chunk)
-  slots = tpu_tuning.round_up(padded // chunk, tile)
+  slots = round_up(padded // chunk, tile)
   units = heads // fold
   inner = tpu_tuning.heads_inside(units, groups, slots, rows, width * fold, value.dtype)
   if not inner:

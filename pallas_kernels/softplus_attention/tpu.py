@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..dots import NT, TN, dot_f32
+from ..tpu_sizes import vmem_limit
 from . import tpu_tiles as tiles_of
 from . import tpu_tuning
 from .tpu_tiles import Grid, Plan, Tables, panels, statistic
@@ -179,7 +180,7 @@ def forward(plan: Plan, tables: Tables, operands, save: bool):
   """
   two = plan.variant.power is not None
   strip = two and tpu_tuning.strips_fit(plan, 1)
-  limit = tpu_tuning.vmem_limit(plan, int(strip))
+  limit = vmem_limit(tpu_tuning.vmem_estimate(plan, int(strip)))
   rows = tiles_of.row_block(plan, operands[3].shape[0], 2)
   inputs = [tiles_of.query_block(plan, plan.key_lanes), tiles_of.key_block(plan, plan.key_lanes),
             tiles_of.key_block(plan, plan.value_lanes), rows]  # fmt: skip

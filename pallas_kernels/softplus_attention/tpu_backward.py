@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..dots import NN, NT, TN, dot_f32
+from ..tpu_sizes import vmem_limit
 from . import tpu_tiles as tiles_of
 from . import tpu_tuning
 from .tpu_tiles import Grid, Operand, Plan, Tables, panels, statistic
@@ -217,7 +218,7 @@ def _add_gradients(plan, r, grads, span, tile, seen):
 def backward(plan: Plan, tables: Tables, operands, statistics, d_output):
   """(dq [B T', U * key lanes], dk, dv [B S', G * lanes]); operands as `tpu.forward`."""
   strips = STRIPS if tpu_tuning.strips_fit(plan, STRIPS) else 0
-  limit = tpu_tuning.vmem_limit(plan, strips)
+  limit = vmem_limit(tpu_tuning.vmem_estimate(plan, strips))
   q, k, v, rows, *documents = operands
   inputs = [tiles_of.query_block(plan, plan.key_lanes), tiles_of.key_block(plan, plan.key_lanes),
             tiles_of.key_block(plan, plan.value_lanes),

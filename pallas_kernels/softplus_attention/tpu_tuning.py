@@ -30,24 +30,14 @@ loads the keys that it sees again.
 """
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
-from ..compat import target_platform
+from ..tpu_sizes import round_up, vmem_bytes
 from . import tpu_tiles as tiles_of
 from .tpu_tiles import Plan
 
 ROWS = 512  # most queries per grid step, and keys per product
 PANEL = 256  # queries per product
 SPAN = 8192  # keys in VMEM at a time where they do not all fit
-# What blocks and scratch may take: of 16 MiB that every chip has, or of what the chip in question
-# has less the compiler's own.
-SMALL_VMEM = 12 * 2**20
-DEFAULT_LIMIT = 16 * 2**20
-TEMPORARIES = 18 * 2**20
-
-
-def round_up(number: int, multiple: int) -> int:
-  return -(-number // multiple) * multiple
 
 
 def block_rows(length: int) -> int:
@@ -88,18 +78,3 @@ def vmem_estimate(plan: Plan, strips: int) -> int:
 def strips_fit(plan: Plan, strips: int) -> bool:
   """Whether so many strips of the rows of a block can be kept between its two halves."""
   return plan.spans == 1 and vmem_estimate(plan, strips) <= vmem_bytes()
-
-
-def vmem_limit(plan: Plan, strips: int) -> int | None:
-  """Bytes of VMEM to ask for; None is the compiler's default, 16 MiB or more."""
-  estimate = vmem_estimate(plan, strips)
-  small = estimate <= SMALL_VMEM // 2 or vmem_bytes() == SMALL_VMEM
-  return None if small else estimate + TEMPORARIES
-
-
-def vmem_bytes() -> int:
-  """What estimates may come to on the chip that is compiled for."""
-  if target_platform() != "tpu":
-    return SMALL_VMEM
-  capacity = pltpu.get_tpu_info().vmem_capacity_bytes
-  return SMALL_VMEM if capacity <= DEFAULT_LIMIT else capacity - TEMPORARIES - 2 * 2**20

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ..segments import pad_length
 from ..sliding_window_attention.history import Tokens
+from ..tpu_sizes import round_up
 from . import tpu, tpu_backward, tpu_tuning
 from . import tpu_tiles as tiles_of
 from .reference import factor
@@ -106,10 +107,10 @@ def make_plan(query, tokens: Tokens, variant: Variant, interpret) -> tuple[Plan,
   batch, length, heads, dim = query.shape
   total, groups, value_dim = tokens.value.shape[1:]
   width, fold = tpu_tuning.head_width(heads, heads // groups, dim, value_dim)
-  lanes = [tpu_tuning.round_up(fold * width if fold > 1 else x, width * fold)
+  lanes = [round_up(fold * width if fold > 1 else x, width * fold)
            for x in (dim, value_dim)]  # fmt: skip
   rows = tpu_tuning.block_rows(length)
-  padded = tpu_tuning.round_up(length, rows)
+  padded = round_up(length, rows)
   front = -(total - length) % rows
   keys = front + total - length + padded
   span = tpu_tuning.span_of(keys, rows, sum(lanes), query.dtype)
@@ -117,7 +118,7 @@ def make_plan(query, tokens: Tokens, variant: Variant, interpret) -> tuple[Plan,
   named = max(1.0, math.log(dim)) * math.log(MOST_TOKENS)
   scale = named if isinstance(variant.scale, str) else abs(variant.scale)
   plan = Plan(
-    batch=batch, length=padded, total=tpu_tuning.round_up(keys, span), units=heads // fold,
+    batch=batch, length=padded, total=round_up(keys, span), units=heads // fold,
     groups=groups if fold == 1 or heads > groups else groups // fold, fold=fold, width=width,
     key_lanes=lanes[0], value_lanes=lanes[1], rows=rows,
     panel=min(tpu_tuning.PANEL, rows), span=span, documents=tokens.documents is not None,

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from ..tpu_sizes import round_up
+
 SUBLANES = 8
 
 
@@ -132,7 +134,3 @@ def row_numbers(rows: Rows) -> np.ndarray:
   numbers[rows.constant] = 0
   numbers[rows.linear : rows.linear + head_dim] = 1 + np.arange(head_dim)
   return numbers
-
-
-def round_up(value: int, multiple: int) -> int:
-  return -(-value // multiple) * multiple

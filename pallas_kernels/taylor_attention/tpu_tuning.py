@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from ..compat import target_platform
-from .tpu_features import Rows, round_up
+from ..tpu_sizes import round_up
+from .tpu_features import Rows
 
 LANES = 128
 CHUNK = 128

@@ -10,10 +10,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ..dots import einsum_f32
+from ..tpu_sizes import round_up
 from . import tpu, tpu_backward
 from .features import feature_count
 from .tpu_chunks import Plan
-from .tpu_features import Rows, round_up, row_numbers
+from .tpu_features import Rows, row_numbers
 from .tpu_tuning import choose_blocks, choose_group
 from .xla import taylor_attention_xla
 

@@ -21,6 +21,7 @@ from attnzoo.pallas_kernels.softplus_attention import (
   tpu_tuning,
   tpu_vjp,
 )
+from attnzoo.pallas_kernels.tpu_sizes import round_up
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.marks import slow_but
 from attnzoo_testing.numerics import assert_as_exact
@@ -204,7 +205,7 @@ def test_blocks_cover_the_sequence():
       sequence = tpu_vjp.Tokens(arrays["k"], arrays["k"], None, length)
       plan, front = tpu_vjp.make_plan(arrays["q"], sequence, LSSAR, True)
       assert front == 0
-      assert length <= plan.length <= max(length + length // 8, tpu_tuning.round_up(length, 16))
+      assert length <= plan.length <= max(length + length // 8, round_up(length, 16))
       assert plan.length % plan.rows == plan.rows % plan.panel == plan.span % plan.rows == 0
       assert plan.length <= plan.total < plan.length + plan.span
 
