@@ -29,8 +29,10 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be gi
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A prompt per line; - reads the terminal.")
 _TOKENS = flags.DEFINE_integer("tokens", 400, "New tokens at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest; 0 = all.")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw among the fewest that reach this mass; 1 = all.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest only; 0 = all.")
+_TOP_P = flags.DEFINE_float(
+  "top_p", 0.95, "Of what top_k left, drop tokens behind more than this mass; 1 = none."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same text.")
 _IGNORE_END = flags.DEFINE_bool("ignore_end", False, "Go on after the end of a document.")
 

@@ -18,7 +18,11 @@ _PREFILL_MULTIPLE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn: temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all."""
+  """How a token is drawn: temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all.
+
+  First the logits are divided by the temperature, then top_k keeps the k likeliest tokens, and of
+  these, their probabilities summing to 1 again, top_p drops those behind more than its mass.
+  """
 
   temperature: float = 1.0
   top_k: int = 0
@@ -37,20 +41,20 @@ class Sampling:
 
 
 def sample(logits: Float[Array, "B V"], key: jax.Array, sampling: Sampling) -> Int[Array, " B"]:
-  """One token per row. top_k keeps the k likeliest; top_p then the fewest that reach its mass."""
+  """One token per row. Of equally likely tokens the one with the lower id comes first."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits.astype(jnp.float32) / sampling.temperature
-  if 0 < sampling.top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  if sampling.top_p < 1:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the likelier tokens
-    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  return jax.random.categorical(key, logits).astype(jnp.int32)
+  size = logits.shape[-1]
+  kept = min(sampling.top_k or size, size)
+  if kept == size and sampling.top_p == 1:
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+  ordered, tokens = jax.lax.top_k(logits, kept)  # [B, k], the likeliest first
+  probabilities = jax.nn.softmax(ordered, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the likelier tokens
+  dropped = (before > sampling.top_p) & (jnp.arange(kept) > 0)
+  place = jax.random.categorical(key, jnp.where(dropped, -jnp.inf, ordered))
+  return jnp.take_along_axis(tokens, place[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def generate(

@@ -1,9 +1,10 @@
 """Data for the experiments: sources, tokenizers and batches. See `DataConfig` for the options."""
 
-from attnzoo.experiments.data.config import SOURCES, DataConfig
+from attnzoo.experiments.data.config import IMAGE_SOURCES, SOURCES, DataConfig
 from attnzoo.experiments.data.corpus import Corpus, TokenSplit, load_corpus, read_text
 from attnzoo.experiments.data.errors import DataError
 from attnzoo.experiments.data.examples import ExampleBlock, ExampleSet
+from attnzoo.experiments.data.images import ImageSet
 from attnzoo.experiments.data.loading import Data, evaluation_batches, load_data, train_batches
 from attnzoo.experiments.data.pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
 from attnzoo.experiments.data.sft import PairSet
@@ -18,6 +19,7 @@ from attnzoo.experiments.data.tokenizers import (
 )
 
 __all__ = [
+  "IMAGE_SOURCES",
   "SOURCES",
   "Batch",
   "ByteTokenizer",
@@ -29,6 +31,7 @@ __all__ = [
   "EvaluationBatches",
   "ExampleBlock",
   "ExampleSet",
+  "ImageSet",
   "JsonTokenizer",
   "PairSet",
   "TokenSplit",

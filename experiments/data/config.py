@@ -4,7 +4,13 @@ import dataclasses
 
 from attnzoo.experiments.data.errors import refuse, suggest
 
-SOURCES = ("auto", "stdlib", "text", "enwik8", "wikitext", "tokens", "huggingface", "mqar", "sft")
+IMAGE_SOURCES = ("digits", "mnist", "cifar10", "imagenet64", "images")
+SOURCES = (
+  "auto", "stdlib", "text", "enwik8", "wikitext", "pg19", "tokens", "huggingface", "mqar", "sft",
+  *IMAGE_SOURCES,
+)  # fmt: skip
+_MADE = ("stdlib", "mqar", "digits")  # sources without a path
+_LENGTH_KNOWN = ("mqar", *IMAGE_SOURCES)  # the data say how long a row is
 
 MQAR_ORDERS = ("segments", "mixed")
 
@@ -14,7 +20,7 @@ class DataConfig:
   """Where the documents come from, how they become tokens, and how tokens become batches."""
 
   source: str = "auto"  # one of SOURCES; auto looks at `path`: none = stdlib, else by its name
-  path: str = ""  # file or folder of every source but stdlib
+  path: str = ""  # file or folder of every source but stdlib, mqar and digits
   validation_path: str = ""  # text, huggingface, sft: held-out documents kept apart by the user
   validation_fraction: float = 0.06  # share of the documents held out where the format has no split
   text_field: str = "text"  # jsonl and huggingface: the field that holds the document
@@ -38,8 +44,8 @@ class DataConfig:
   mqar_power: float = 0.01  # mqar: small asks early, 1 everywhere alike
   mqar_random_fillers: bool = True  # mqar: random ids, not zeros, where nothing is said
   mqar_order: str = "segments"  # mqar: of batches, "segments" one after the other, or "mixed"
-  sequence_length: int = 512  # tokens per row; mqar: 0, the segments have their own
-  batch_size: int = 16  # rows per step, over all hosts
+  sequence_length: int = 512  # tokens per row; mqar: 0; pictures: 0, or the values of one
+  batch_size: int = 16  # rows per step, over all hosts; a picture is a row
   seed: int = 0  # order and cuts of the training windows; mqar: all numbers of the examples
   workers: int = 1  # threads that assemble batches ahead of the training step; 0 = none
   prefetch: int = 8  # batches held ready by the workers
@@ -48,10 +54,10 @@ class DataConfig:
     object.__setattr__(self, "suffixes", tuple(self.suffixes))
     if self.source not in SOURCES:
       raise refuse("source", "be a known source", repr(self.source), suggest(self.source, SOURCES))
-    if self.source in ("stdlib", "mqar") and self.path:
+    if self.source in _MADE and self.path:
       raise refuse("path", f"be empty for source {self.source!r}", repr(self.path),
-                   "use source 'text'")  # fmt: skip
-    if self.source not in ("auto", "stdlib", "mqar") and not self.path:
+                   "use source 'text' or 'images'")  # fmt: skip
+    if self.source not in ("auto", *_MADE) and not self.path:
       raise refuse("path", f"be given for source {self.source!r}", "''", "name a file or folder")
     if not 0 < self.validation_fraction < 1:
       raise refuse("validation_fraction", "lie between 0 and 1", self.validation_fraction,
@@ -69,8 +75,10 @@ class DataConfig:
       raise refuse("mqar_order", f"be one of {MQAR_ORDERS}", repr(self.mqar_order),
                    "the published runs have 'segments'")  # fmt: skip
     for name, least in _LEAST.items():
-      if name == "sequence_length" and self.source == "mqar":
-        continue
+      if name == "sequence_length" and (
+        self.source in _LENGTH_KNOWN or self.source == "auto" and self.path
+      ):
+        least = 0  # where the path turns out to hold text, `load_corpus` refuses it
       if getattr(self, name) < least:
         raise refuse(name, f"be at least {least}", getattr(self, name), "see DataConfig")
     if self.token_dtype not in ("", "uint16", "uint32"):

@@ -8,14 +8,12 @@ no prediction looks across documents; generation starts from the end id in the s
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from attnzoo.experiments.data.cache import written_once
 from attnzoo.experiments.data.config import DataConfig
 from attnzoo.experiments.data.documents import Source, digest
 from attnzoo.experiments.data.errors import refuse
@@ -36,6 +34,7 @@ class TokenSplit:
   token_bytes: np.ndarray | None  # [N] UTF-8 bytes that each id stands for; held-out splits of text
   documents: int | None  # None where the source does not say
   text_bytes: int | None
+  words: int | None = None  # of held-out splits, where the source counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Corpus:
     for name, split in self.splits.items():
       counts = [f"{split.documents:,} documents"] if split.documents is not None else []
       counts += [f"{split.text_bytes:,} bytes"] if split.text_bytes is not None else []
+      counts += [f"{split.words:,} words"] if split.words is not None else []
       lines.append(f"  {name}: {', '.join([*counts, f'{len(split.tokens):,} tokens'])}")
     return "\n".join(lines)
 
@@ -79,6 +79,8 @@ def load_corpus(config: DataConfig, cache: str | Path | None = None) -> Corpus:
   Raises:
     DataError: a path, file, line, split or tokenizer is missing or unusable.
   """
+  if config.sequence_length < 1:
+    raise refuse("sequence_length", "be at least 1 for text", config.sequence_length, "such as 512")
   source = open_source(config)
   if isinstance(source, TokenSource):
     return _corpus_of_tokens(source, config)
@@ -132,9 +134,9 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _encode_split(
-  source: Source, name: str, tokenizer: Tokenizer, count: Callable[[int, int], None]
+  source: Source, name: str, tokenizer: Tokenizer, tally: "_Tally"
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-  """Ids and, for held-out splits, bytes per id, piece by piece; `count(documents, bytes)` tallies.
+  """Ids and, for held-out splits, bytes per id, piece by piece; `tally` counts.
 
   Bytes that a tokenizer drops at the end of a piece count for the end id, so that they sum up to
   the size of the text.
@@ -145,6 +147,8 @@ def _encode_split(
   yield end, np.zeros(1, np.uint32) if measure else None
   dropped = 0
   documents = (document for document in source.splits[name]() if document)
+  if measure and source.count_words is not None:
+    documents = tally.counting_words(documents, source.count_words)
   for piece in tokenizer.encode_documents(documents, measure):
     lengths = None
     if measure:
@@ -154,52 +158,50 @@ def _encode_split(
     if piece.last:
       yield end, np.array([dropped], np.uint32) if measure else None
       dropped = 0
-    count(int(piece.last), piece.size)
+    tally.documents += int(piece.last)
+    tally.text_bytes += piece.size
 
 
 class _Tally:
   def __init__(self):
     self.documents = 0
     self.text_bytes = 0
+    self.words: int | None = None
 
-  def __call__(self, documents: int, text_bytes: int) -> None:
-    self.documents += documents
-    self.text_bytes += text_bytes
+  def counting_words(
+    self, documents: Iterator[bytes], count: Callable[[bytes], int]
+  ) -> Iterator[bytes]:
+    self.words = 0
+    for document in documents:
+      self.words += count(document)
+      yield document
 
 
 def _in_memory(source: Source, name: str, tokenizer: Tokenizer) -> TokenSplit:
   tally = _Tally()
   ids, lengths = zip(*_encode_split(source, name, tokenizer, tally), strict=True)
   measured = None if name == "train" else np.concatenate(lengths)
-  return TokenSplit(np.concatenate(ids), measured, tally.documents, tally.text_bytes)
+  tokens = np.concatenate(ids)
+  return TokenSplit(tokens, measured, tally.documents, tally.text_bytes, tally.words)
 
 
 def _cached(
   source: Source, tokenizer: Tokenizer, entry: Path, config: DataConfig
 ) -> dict[str, TokenSplit]:
-  """Maps the entry of the cache; writes it first if it is not there.
+  """Maps the entry of the cache, which is written first where it is not there."""
 
-  It is written under another name and renamed when complete, so that a killed run leaves no half
-  entry and of several hosts that write the same entry one wins.
-  """
-  if not (entry / "meta.json").is_file():
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
-    try:
-      meta = {name: _write_split(source, name, tokenizer, draft) for name in source.splits}
-      (draft / "meta.json").write_text(json.dumps(meta))
-      try:
-        os.rename(draft, entry)
-      except OSError:
-        if not (entry / "meta.json").is_file():
-          raise
-    finally:
-      shutil.rmtree(draft, ignore_errors=True)
+  def write(folder: Path) -> None:
+    meta = {name: _write_split(source, name, tokenizer, folder) for name in source.splits}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+  written_once(entry, write)
   meta = json.loads((entry / "meta.json").read_text())
   return {name: _map_split(entry, name, meta[name], tokenizer) for name in source.splits}
 
 
-def _write_split(source: Source, name: str, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+def _write_split(
+  source: Source, name: str, tokenizer: Tokenizer, folder: Path
+) -> dict[str, int | None]:
   tally, tokens = _Tally(), 0
   with (
     (folder / f"{name}.tokens").open("wb") as ids,
@@ -210,7 +212,7 @@ def _write_split(source: Source, name: str, tokenizer: Tokenizer, folder: Path) 
       ids.write(piece.tobytes())
       if lengths is not None:
         sizes.write(lengths.astype("<u4").tobytes())
-  return dict(tokens=tokens, documents=tally.documents, text_bytes=tally.text_bytes)
+  return dict(tokens=tokens, **vars(tally))
 
 
 def _map_split(entry: Path, name: str, meta: Mapping[str, int], tokenizer: Tokenizer) -> TokenSplit:
@@ -224,4 +226,5 @@ def _map_split(entry: Path, name: str, meta: Mapping[str, int], tokenizer: Token
                    "delete that folder, it is written again")  # fmt: skip
   maps = [np.memmap(entry / file, dtype, mode="r") for file, dtype in files.items()]
   measured = maps[1] if len(maps) == 2 else None
-  return TokenSplit(maps[0], measured, meta["documents"], meta["text_bytes"])
+  words = meta.get("words")  # entries of earlier versions have none
+  return TokenSplit(maps[0], measured, meta["documents"], meta["text_bytes"], words)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ class Source:
   content: str  # sha256 of all that decides the documents and their split
   size: int  # bytes of the files behind it
   splits: Mapping[str, Callable[[], Iterator[bytes]]]
+  count_words: Callable[[bytes], int] | None = None  # where word perplexities are published
 
 
 def digest(*parts: object) -> str:
@@ -170,3 +172,29 @@ def source_of_files(name: str, folder: Path, files: Sequence[Path], fraction: fl
 
 def _reader(paths: Iterable[Path]) -> Callable[[], Iterator[bytes]]:
   return lambda: (path.read_bytes() for path in paths)
+
+
+def jsonl(path: Path, field: str) -> Iterator[bytes]:
+  """The documents of a .jsonl file in order; blank lines are skipped, any other fault is raised."""
+  return (document for _, (document,) in jsonl_fields(path, text_field=field))
+
+
+def jsonl_fields(path: Path, **fields: str) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+  """(number of the line, its fields as UTF-8) of a .jsonl file; fields are option=name."""
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line)
+      except ValueError as error:  # covers bad JSON and bad UTF-8
+        raise refuse("path", "hold one JSON object per line", f"{path}, line {number}: {error}",
+                     "repair or remove the line") from error  # fmt: skip
+      for option, field in fields.items():
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+          found = sorted(record) if isinstance(record, dict) else type(record).__name__
+          raise refuse(option, "name a string field of every line",
+                       f"{field!r} at {path}, line {number}, which has {found}",
+                       f"set {option} to the field that holds the text")  # fmt: skip
+      # Lone surrogates have no UTF-8.
+      yield number, tuple(record[f].encode("utf-8", errors="replace") for f in fields.values())

@@ -147,7 +147,7 @@ class ExampleEvaluation:
   `max_tokens` positions or a few more are taken, of every block the same share.
   """
 
-  target_bytes = None
+  target_bytes = target_words = None
 
   def __init__(
     self,

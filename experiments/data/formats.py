@@ -1,8 +1,11 @@
-"""The named formats: enwik8, WikiText, token files, Hugging Face datasets on disk."""
+"""The named formats: enwik8, WikiText, PG-19, token files, Hugging Face datasets on disk."""
 
 import dataclasses
+import gzip
 import json
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from attnzoo.experiments.data.documents import (
   digest,
   existing,
   file_digest,
+  jsonl,
   place,
   threshold,
 )
@@ -34,23 +38,92 @@ class TokenSource:
 
 
 def enwik8(path: Path, size: int) -> Source:
-  """The first 10^8 bytes of a Wikipedia dump, divided in order 90 : 5 : 5, one document a split."""
-  file = existing(path / "enwik8") if path.is_dir() else path
-  data = file.read_bytes()
+  """The first 10^8 bytes of a Wikipedia dump, divided in order 90 : 5 : 5, one document a split.
+
+  The file enwik8, as it is or as .zip or .gz, or a folder with it, or with train.txt, valid.txt and
+  test.txt: byte values in decimal with spaces between them, as Transformer-XL's script writes them.
+  """
+  folder = path if path.is_dir() else path.parent
+  files = {part: folder / f"{part}.txt" for part in ("train", "valid", "test")}
+  names = ("enwik8", "enwik8.zip", "enwik8.gz")
+  packed = [folder / name for name in names if (folder / name).is_file()]
+  if path == files["train"] or (path.is_dir() and not packed and files["train"].is_file()):
+    return _enwik8_numbers(files, size)
+  file = path if path.is_file() else existing((packed or [folder / "enwik8"])[0])
+  data = _unpacked(file)
   if len(data) != size:
     raise refuse("path", f"name enwik8 of {size:,} bytes", f"{file} with {len(data):,} bytes",
-                 "download and unzip it again, or set enwik8_bytes for a trial")  # fmt: skip
-  first, second = size * 90 // 100, size * 95 // 100
+                 "download it again, or set enwik8_bytes for a trial")  # fmt: skip
+  first, second = _enwik8_cuts(size)
   pieces = {"train": data[:first], "validation": data[first:second], "test": data[second:]}
   splits = {name: (lambda piece=piece: iter([piece])) for name, piece in pieces.items()}
   return Source("enwik8", digest("enwik8", data), size, splits)
+
+
+def _enwik8_cuts(size: int) -> tuple[int, int]:
+  return size * 90 // 100, size * 95 // 100
+
+
+def _unpacked(file: Path) -> bytes:
+  """The bytes of a file; of a .zip or .gz those of the one file in it."""
+  try:
+    if file.suffix == ".gz":
+      return gzip.decompress(file.read_bytes())
+    if file.suffix == ".zip":
+      with zipfile.ZipFile(file) as archive:
+        members = archive.namelist()
+        if len(members) != 1:
+          raise zipfile.BadZipFile(f"{len(members)} files in it, not one")
+        return archive.read(members[0])
+  except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    raise refuse("path", "name a whole archive of one file", f"{file}: {error}",
+                 "download it again") from error  # fmt: skip
+  return file.read_bytes()
+
+
+def _enwik8_numbers(files: Mapping[str, Path], size: int) -> Source:
+  """The same splits from files of numbers, which are read when they are asked for."""
+  for file in files.values():
+    existing(file)
+  first, second = _enwik8_cuts(size)
+  sizes = dict(train=first, valid=second - first, test=size - second)
+  names = dict(train="train", valid="validation", test="test")
+  readers = {
+    names[part]: (lambda file=file, count=sizes[part]: iter([_numbers(file, count)]))
+    for part, file in files.items()
+  }
+  content = digest("enwik8 numbers", size, *(file_digest(file) for file in files.values()))
+  return Source("enwik8", content, size, readers)
+
+
+def _numbers(file: Path, count: int) -> bytes:
+  """Byte values in decimal. Where 10 is not among them, the ends of the lines stand for it."""
+  lines = []
+  with file.open("rb") as stream:
+    for number, line in enumerate(stream, 1):
+      try:
+        lines.append(bytes(map(int, line.split())))
+      except ValueError as error:
+        raise refuse("path", "hold byte values with spaces between them",
+                     f"{file}, line {number}: {error}",
+                     "write 0 to 255 in decimal") from error  # fmt: skip
+  ends = bool(lines) and line.endswith(b"\n")  # whether the last line has one
+  if any(10 in values for values in lines):
+    data = b"".join(lines)
+  else:
+    data = b"\n".join(lines) + b"\n" * ends
+  if len(data) != count:
+    raise refuse("path", f"name a part of enwik8 with {count:,} byte values",
+                 f"{file} with {len(data):,}",
+                 "write it again, or set enwik8_bytes for a trial")  # fmt: skip
+  return data
 
 
 def wikitext(path: Path) -> Source:
   """WikiText-2 or -103: a folder with wiki.{train,valid,test}.raw or .tokens.
 
   Each split is one document, as published perplexities take it. Where a folder has both forms, the
-  raw one is read; name a .tokens file to read the other.
+  raw one is read; name a .tokens file to read the other. The ends of lines count as words.
   """
   folder, ending = (path, None) if path.is_dir() else (path.parent, path.suffix)
   if ending is None:
@@ -62,7 +135,51 @@ def wikitext(path: Path) -> Source:
   content = digest("wikitext", *(file_digest(file) for file in files.values()))
   size = sum(file.stat().st_size for file in files.values())
   splits = {name: (lambda file=file: iter([file.read_bytes()])) for name, file in files.items()}
-  return Source("wikitext", content, size, splits)
+  return Source("wikitext", content, size, splits, lambda text: words(text) + text.count(b"\n"))
+
+
+def words(text: bytes) -> int:
+  """Runs of characters between white space."""
+  return len(text.decode("utf-8", errors="replace").split())
+
+
+def pg19(path: Path, text_field: str) -> Source:
+  """PG-19: folders train, validation and test with a .txt for each book, in the order of the names.
+
+  Instead of .txt files there may be .jsonl files with a book per line, in these folders or beside
+  them as train.jsonl and so on. metadata.csv is not needed. Words are counted as those between
+  white space; published perplexities divide by 3,007,061 (validation) and 6,966,499 (test).
+  """
+  books = {split: _books(path, split) for split in ("train", "validation", "test")}
+  if not books["test"]:
+    del books["test"]
+  for split, files in books.items():
+    if not files:
+      raise refuse("path", f"hold {split}/*.txt, {split}/*.jsonl or {split}.jsonl", path,
+                   "name the folder that has the splits")  # fmt: skip
+
+  def read(files: Sequence[Path]) -> Iterator[bytes]:
+    for file in files:
+      if file.suffix == ".jsonl":
+        yield from jsonl(file, text_field)
+      else:
+        yield file.read_bytes()
+
+  everything = [file for files in books.values() for file in files]
+  content = digest("pg19", text_field, *(f"{split} {len(files)}" for split, files in books.items()),
+                   *(file_digest(file) for file in everything))  # fmt: skip
+  splits = {split: (lambda files=files: read(files)) for split, files in books.items()}
+  return Source("pg19", content, sum(file.stat().st_size for file in everything), splits, words)
+
+
+def _books(path: Path, split: str) -> list[Path]:
+  folders = [path / name for name in (split, split.removesuffix("ation"))]  # also "valid"
+  for pattern in ("*.txt", "*.jsonl"):
+    for folder in folders:
+      if files := sorted(folder.glob(pattern)):
+        return [existing(file) for file in files]
+  beside = [folder.with_name(f"{folder.name}.jsonl") for folder in folders]
+  return [existing(file) for file in beside if file.is_file()][:1]
 
 
 def tokens(path: Path, config: DataConfig) -> TokenSource:

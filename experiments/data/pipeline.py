@@ -20,7 +20,7 @@ weight 0, so that the first token of a document is no target.
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,8 @@ class EvaluationBatches:
     targets: targets that count, over all hosts.
     target_bytes: UTF-8 bytes that these stand for; None for token files without a tokenizer.
       Sum of losses in nats / (ln 2 * target_bytes) = bits per byte.
+    target_words: words that they stand for; None where only a part of the split is taken, or where
+      the source does not count them. exp(sum of losses / target_words) = perplexity of a word.
   """
 
   def __init__(
@@ -171,13 +173,10 @@ class EvaluationBatches:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    if split not in corpus.splits:
-      raise refuse("split", f"be one of {sorted(corpus.splits)}", repr(split), "see the source")
+    _check_choice(corpus.splits, split, max_tokens)
     if not 0 <= overlap < config.sequence_length:
       raise refuse("overlap", f"lie in 0..{config.sequence_length - 1}", overlap,
                    "it is part of the sequence length")  # fmt: skip
-    if max_tokens is not None and max_tokens < 1:
-      raise refuse("max_tokens", "be at least 1", max_tokens, "None takes the whole split")
     content = corpus.splits[split]
     self._positions = min(len(content.tokens) - 1, max_tokens or len(content.tokens))
     self._tokens = content.tokens[: self._positions + 1]
@@ -187,6 +186,8 @@ class EvaluationBatches:
       counted = np.asarray(self._tokens[:-1]) != corpus.end_id
     self.targets = len(self._tokens[1:][counted])
     self.target_bytes = _target_bytes(corpus, content, self._positions, counted)
+    whole = self.targets == len(content.tokens) - 1
+    self.target_words = content.words if whole else None
     self._length, self._overlap = config.sequence_length, overlap
     self._batch_size = config.batch_size
     self._host_rows = rows_per_host(config.batch_size, process_index, process_count)
@@ -216,6 +217,49 @@ class EvaluationBatches:
     return padded
 
 
+class OrderedRows:
+  """One pass over the numbered rows of a split, with the interface of `EvaluationBatches`.
+
+  `max_tokens` counts positions; rows are taken whole. What is left of the last batch is empty rows.
+
+  Args:
+    splits: by name.
+    rows: a split -> its rows, with a length and a row (arrays [sequence_length]) by number; behind
+      the last one come empty rows.
+  """
+
+  target_bytes = target_words = None
+
+  def __init__(
+    self,
+    splits: Mapping[str, Any],
+    rows: Callable[[Any], Any],
+    config: DataConfig,
+    *,
+    split: str = "validation",
+    max_tokens: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    _check_choice(splits, split, max_tokens)
+    self._row = rows(splits[split])
+    self._count = len(self._row)
+    if max_tokens is not None:
+      self._count = min(self._count, -(-max_tokens // config.sequence_length))
+    self._batch_size = config.batch_size
+    self._host_rows = rows_per_host(config.batch_size, process_index, process_count)
+    self._first_row = self._host_rows * process_index
+
+  def __len__(self) -> int:
+    return -(-self._count // self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    for batch in range(len(self)):
+      first = batch * self._batch_size + self._first_row
+      numbers = range(first, first + self._host_rows)
+      yield stack([self._row(n if n < self._count else len(self._row)) for n in numbers])
+
+
 def bits_per_byte(nats: float, target_bytes: int) -> float:
   """Sum of the losses of all targets, in nats, as bits per byte of the text."""
   return nats / (np.log(2) * target_bytes)
@@ -240,6 +284,13 @@ def rows_per_host(batch_size: int, process_index: int, process_count: int) -> in
     raise refuse("batch_size", f"be a multiple of the {process_count} hosts", batch_size,
                  "it counts the rows of all hosts")  # fmt: skip
   return batch_size // process_count
+
+
+def _check_choice(splits: Mapping[str, Any], split: str, max_tokens: int | None) -> None:
+  if split not in splits:
+    raise refuse("split", f"be one of {sorted(splits)}", repr(split), "see the source")
+  if max_tokens is not None and max_tokens < 1:
+    raise refuse("max_tokens", "be at least 1", max_tokens, "None takes the whole split")
 
 
 def _windows(tokens: int, length: int) -> tuple[int, int]:

@@ -20,10 +20,16 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from attnzoo.experiments.data.config import DataConfig
-from attnzoo.experiments.data.documents import digest, existing, file_digest, place, threshold
+from attnzoo.experiments.data.documents import (
+  digest,
+  existing,
+  file_digest,
+  jsonl_fields,
+  place,
+  threshold,
+)
 from attnzoo.experiments.data.errors import refuse
-from attnzoo.experiments.data.pipeline import Batch, ShuffledRows, rows_per_host, stack
-from attnzoo.experiments.data.sources import jsonl_fields
+from attnzoo.experiments.data.pipeline import Batch, OrderedRows, ShuffledRows
 from attnzoo.experiments.data.tokenizers import Tokenizer, load_tokenizer
 
 _LAYOUT = 1  # raise it when other tokens come of the same files
@@ -255,41 +261,9 @@ class PairBatches(ShuffledRows):
     )  # fmt: skip
 
 
-class PairEvaluation:
-  """One pass over a split in order, with the interface of `pipeline.EvaluationBatches`.
+class PairEvaluation(OrderedRows):
+  """One pass over a split in order, with the interface of `pipeline.EvaluationBatches`."""
 
-  `max_tokens` counts positions; rows are taken whole.
-  """
-
-  target_bytes = None
-
-  def __init__(
-    self,
-    pairs: PairSet,
-    config: DataConfig,
-    *,
-    split: str = "validation",
-    max_tokens: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
-    if split not in pairs.splits:
-      raise refuse("split", f"be one of {sorted(pairs.splits)}", repr(split), "see the source")
-    if max_tokens is not None and max_tokens < 1:
-      raise refuse("max_tokens", "be at least 1", max_tokens, "None takes the whole split")
-    self._row = _Rows(pairs.splits[split], pairs.end_id, config)
-    self._count = len(self._row)
-    if max_tokens is not None:
-      self._count = min(self._count, -(-max_tokens // config.sequence_length))
-    self._batch_size = config.batch_size
-    self._host_rows = rows_per_host(config.batch_size, process_index, process_count)
-    self._first_row = self._host_rows * process_index
-
-  def __len__(self) -> int:
-    return -(-self._count // self._batch_size)
-
-  def __iter__(self) -> Iterator[Batch]:
-    for batch in range(len(self)):
-      first = batch * self._batch_size + self._first_row
-      numbers = range(first, first + self._host_rows)
-      yield stack([self._row(n if n < self._count else len(self._row)) for n in numbers])
+  def __init__(self, pairs: PairSet, config: DataConfig, **options):
+    rows = lambda split: _Rows(split, pairs.end_id, config)  # noqa: E731
+    super().__init__(pairs.splits, rows, config, **options)

@@ -1,19 +1,19 @@
 """Sources of documents: the embedded default, files and folders of text, and the named formats."""
 
 import functools
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from attnzoo.experiments.data import formats
-from attnzoo.experiments.data.config import DataConfig
+from attnzoo.experiments.data.config import IMAGE_SOURCES, DataConfig
 from attnzoo.experiments.data.documents import (
   TEXT_SUFFIXES,
   Source,
   digest,
   existing,
   file_digest,
+  jsonl,
   place,
   source_of_files,
   threshold,
@@ -33,6 +33,8 @@ def open_source(config: DataConfig) -> Source | formats.TokenSource:
     return stdlib(config.validation_fraction)
   if kind == "mqar":
     raise refuse("source", "be text or tokens", "'mqar'", "its examples are made, not read")
+  if kind in IMAGE_SOURCES:
+    raise refuse("source", "be text or tokens", repr(kind), "pictures have no text")
   if kind == "sft":
     raise refuse("source", "be text or tokens", "'sft'", "its prompts and answers are no stream")
   path = existing(config.path)
@@ -42,6 +44,8 @@ def open_source(config: DataConfig) -> Source | formats.TokenSource:
     return formats.enwik8(path, config.enwik8_bytes)
   if kind == "wikitext":
     return formats.wikitext(path)
+  if kind == "pg19":
+    return formats.pg19(path, config.text_field)
   if kind == "tokens":
     return formats.tokens(path, config)
   return formats.huggingface(path, config)
@@ -53,15 +57,19 @@ def guess_source(path: str) -> str:
     return "stdlib"
   where = existing(path)
   if where.is_file():
+    if where.name in ("enwik8.zip", "enwik8.gz"):
+      return "enwik8"
     return {"enwik8": "enwik8", ".bin": "tokens"}.get(where.suffix or where.name, "text")
   if any(where.glob("wiki.train.*")):
     return "wikitext"
-  if (where / "enwik8").is_file():
+  if any((where / name).is_file() for name in ("enwik8", "enwik8.zip", "enwik8.gz")):
     return "enwik8"
   if any(where.glob("*.bin")):
     return "tokens"
   if any((where / name).is_file() for name in ("dataset_dict.json", "state.json")):
     return "huggingface"
+  if all(any((where / split).glob("*.txt")) for split in ("train", "validation", "test")):
+    return "pg19"
   return "text"
 
 
@@ -131,32 +139,6 @@ def _documents(file: Path, field: str) -> Iterator[bytes]:
     yield from jsonl(file, field)
   else:
     yield file.read_bytes()
-
-
-def jsonl(path: Path, field: str) -> Iterator[bytes]:
-  """The documents of a .jsonl file in order; blank lines are skipped, any other fault is raised."""
-  return (document for _, (document,) in jsonl_fields(path, text_field=field))
-
-
-def jsonl_fields(path: Path, **fields: str) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-  """(number of the line, its fields as UTF-8) of a .jsonl file; fields are option=name."""
-  with path.open("rb") as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-      except ValueError as error:  # covers bad JSON and bad UTF-8
-        raise refuse("path", "hold one JSON object per line", f"{path}, line {number}: {error}",
-                     "repair or remove the line") from error  # fmt: skip
-      for option, field in fields.items():
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-          found = sorted(record) if isinstance(record, dict) else type(record).__name__
-          raise refuse(option, "name a string field of every line",
-                       f"{field!r} at {path}, line {number}, which has {found}",
-                       f"set {option} to the field that holds the text")  # fmt: skip
-      # Lone surrogates have no UTF-8.
-      yield number, tuple(record[f].encode("utf-8", errors="replace") for f in fields.values())
 
 
 def _split_by_document(path: Path, files: list[Path], config: DataConfig) -> Source:

@@ -17,9 +17,11 @@ from ml_collections import config_dict
 from attnzoo.experiments.data import DataConfig
 from attnzoo.zoo import models
 
-SCHEDULES = ("cosine", "linear", "warmup_stable_decay", "constant")
-DECAYED = ("matrices", "weights", "everything")
-OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "warmup_stable_decay", "constant", "inverse_sqrt")
+DECAYED = ("matrices", "weights", "all_but_biases", "everything")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
+
+_LARGEST_L2 = 1e-3  # what AdamW takes as weight decay would drown the gradient as part of the loss
 
 
 def _fail(owner: str, name: str, rule: str, got: Any, hint: str):
@@ -30,15 +32,16 @@ def _fail(owner: str, name: str, rule: str, got: Any, hint: str):
 class OptimizerConfig:
   """Gradient steps."""
 
-  name: str = "adamw"  # or "muon": orthogonalised steps for matrices, AdamW for the rest
+  name: str = "adamw"  # "adafactor", or "muon": orthogonal steps for matrices, AdamW for the rest
   learning_rate: float = 6e-4  # peak
   final_fraction: float = 0.1  # of the peak, at the last step
   schedule: str = "cosine"
   warmup_steps: int = 100
   warmup_fraction: float = 0.0  # of the steps; above 0 it takes the place of warmup_steps
   decay_fraction: float = 0.2  # of the steps, for "warmup_stable_decay"
+  hold_steps: int = 10_000  # at the peak, warm-up included, for "inverse_sqrt"
   weight_decay: float = 0.1
-  decayed: str = "matrices"  # or (adamw) "weights": all but biases and embedding; "everything"
+  decayed: str = "matrices"  # or one of DECAYED (not for muon); weights: without embedding and head
   beta1: float = 0.9
   beta2: float = 0.95
   clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
@@ -46,17 +49,20 @@ class OptimizerConfig:
 
   def __post_init__(self):
     if self.name not in OPTIMIZERS:
-      _fail("OptimizerConfig", "name", f"be one of {OPTIMIZERS}", self.name, "both are optax's")
+      _fail("OptimizerConfig", "name", f"be one of {OPTIMIZERS}", self.name, "see optimizers.py")
     if self.schedule not in SCHEDULES:
       _fail("OptimizerConfig", "schedule", f"be one of {SCHEDULES}", self.schedule, "after warm-up")
     if self.learning_rate <= 0:
       _fail("OptimizerConfig", "learning_rate", "be positive", self.learning_rate, "try 6e-4")
     if self.decayed not in DECAYED:
       _fail("OptimizerConfig", "decayed", f"be one of {DECAYED}", self.decayed, "by weight_decay")
-    if self.decayed != "matrices" and self.name != "adamw":
-      _fail(
-        "OptimizerConfig", "decayed", f"be 'matrices' for {self.name}", self.decayed, "or adamw"
-      )
+    if self.decayed != "matrices" and self.name == "muon":
+      _fail("OptimizerConfig", "decayed", "be 'matrices' for muon", self.decayed, "or adamw")
+    if self.name == "adafactor" and self.weight_decay > _LARGEST_L2:
+      _fail("OptimizerConfig", "weight_decay", f"be at most {_LARGEST_L2} for adafactor",
+            self.weight_decay, "part of the loss there; 0, or 2e-5 as published")  # fmt: skip
+    if self.hold_steps < 1:
+      _fail("OptimizerConfig", "hold_steps", "be at least 1", self.hold_steps, "a count")
     if not 0 <= self.warmup_fraction < 1:
       got = self.warmup_fraction
       _fail("OptimizerConfig", "warmup_fraction", "lie in 0..1, below 1", got, "0.05 is 5 %")

@@ -1,12 +1,19 @@
 """Loss of a model over a split of the data."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from attnzoo.experiments.data import Data, DataConfig, bits_per_byte, evaluation_batches
+from attnzoo.experiments.data import (
+  Data,
+  DataConfig,
+  ImageSet,
+  bits_per_byte,
+  evaluation_batches,
+)
 from attnzoo.experiments.training import state
 
 
@@ -16,15 +23,24 @@ class Evaluation(NamedTuple):
   loss: float  # nats per target
   accuracy: float  # share of targets that were the likeliest token
   bits_per_byte: float | None  # None where the text's bytes are not known
+  bits_per_dim: float | None = None  # of pictures
+  word_perplexity: float | None = None  # of whole splits whose source counts words
 
   def describe(self) -> str:
-    per_byte = "" if self.bits_per_byte is None else f"  {self.bits_per_byte:.4f} bits per byte"
-    return f"loss {self.loss:.4f}{per_byte}  accuracy {self.accuracy:.1%}"
+    parts = [f"loss {self.loss:.4f}"]
+    if self.bits_per_byte is not None:
+      parts.append(f"{self.bits_per_byte:.4f} bits per byte")
+    if self.bits_per_dim is not None:
+      parts.append(f"{self.bits_per_dim:.4f} bits per dim")
+    if self.word_perplexity is not None:
+      parts.append(f"{self.word_perplexity:.2f} perplexity of a word")
+    return "  ".join([*parts, f"accuracy {self.accuracy:.1%}"])
 
   def metrics(self) -> dict[str, float]:
     values = {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
-    if self.bits_per_byte is not None:
-      values["validation_bits_per_byte"] = self.bits_per_byte
+    for name in ("bits_per_byte", "bits_per_dim", "word_perplexity"):
+      if getattr(self, name) is not None:
+        values[f"validation_{name}"] = getattr(self, name)
     return values
 
 
@@ -76,4 +92,13 @@ def evaluate(
     totals += [float(sums.loss), float(sums.correct), float(sums.weight)]
   loss, correct, weight = totals
   per_byte = bits_per_byte(loss, batches.target_bytes) if batches.target_bytes else None
-  return Evaluation(loss / weight, correct / weight, per_byte)
+  per_dim = loss / weight / math.log(2) if isinstance(corpus, ImageSet) else None
+  per_word = _perplexity(loss / batches.target_words) if batches.target_words else None
+  return Evaluation(loss / weight, correct / weight, per_byte, per_dim, per_word)
+
+
+def _perplexity(nats: float) -> float:
+  try:
+    return math.exp(nats)
+  except OverflowError:  # of a model that learned nothing
+    return math.inf

@@ -1,9 +1,11 @@
 """Sources: what is read, how it is split, and what is said when it cannot be read."""
 
+import gzip
 import importlib.util
 import json
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,69 @@ def test_enwik8_is_divided_in_order(tmp_path):
   assert source.name == "enwik8"
   parts = [documents(source, split) for split in ("train", "validation", "test")]
   assert parts == [[data[:900]], [data[900:950]], [data[950:]]]
+
+
+def numbers(data):
+  """As Transformer-XL's script writes bytes: in decimal, the ends of lines as they are."""
+  return " ".join("\n" if byte == 10 else str(byte) for byte in data)
+
+
+@pytest.mark.parametrize("form", ["zip", "gz", "lines", "numbers"])
+def test_enwik8_packed_or_as_numbers(tmp_path, form):
+  data = np.random.default_rng(0).integers(256, size=1000).astype(np.uint8)
+  data[[100, 899, 940]] = 10  # within a split, and as its last byte
+  data = data.tobytes()
+  if form == "gz":
+    write(tmp_path / "enwik8.gz", gzip.compress(data))
+  elif form == "zip":
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as archive:
+      archive.writestr("enwik8", data)
+  else:
+    for name, part in (("train", data[:900]), ("valid", data[900:950]), ("test", data[950:])):
+      lines = "\n".join(" ".join(map(str, part[i : i + 50])) for i in range(0, len(part), 50))
+      write(tmp_path / f"{name}.txt", numbers(part) if form == "numbers" else lines + "\n")
+    if form == "lines":  # which must have a 10 in each file, or ends of lines would stand for it
+      data = data[:-1] + b"\n"
+      write(tmp_path / "test.txt", " ".join(map(str, data[950:])))
+  source = open_source(DataConfig(source="enwik8", path=str(tmp_path), enwik8_bytes=1000))
+  parts = [documents(source, split) for split in ("train", "validation", "test")]
+  assert parts == [[data[:900]], [data[900:950]], [data[950:]]]
+  if form in ("zip", "gz"):
+    file = tmp_path / f"enwik8.{form}"
+    assert guess_source(str(file)) == guess_source(str(tmp_path)) == "enwik8"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=f"whole archive of one file; got {file}: "):
+      open_source(DataConfig(path=str(file), enwik8_bytes=1000))
+  else:
+    for wrong, message in (("7 256", "line 1: "), ("7 8", "with 900 byte values; got .* with 2 ")):
+      write(tmp_path / "train.txt", wrong)
+      with pytest.raises(DataError, match=message):
+        documents(source, "train")
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "beside"])
+def test_pg19_by_its_folders(tmp_path, form):
+  books = dict(
+    train=["a book\nof  words\n", "another"], validation=["two\u00a0words"], test=["x y"]
+  )
+  for split, texts in books.items():
+    if form == "txt":
+      for i, text in enumerate(texts):
+        write(tmp_path / split / f"{i}.txt", text)
+    else:
+      write_jsonl(tmp_path / (f"{split}.jsonl" if form == "beside" else f"{split}/a.jsonl"), texts)
+  write(tmp_path / "metadata.csv", "0,a book,1900,link\n")
+  corpus = load_corpus(DataConfig(source="pg19", path=str(tmp_path)))
+  for split, texts in books.items():
+    assert corpus.splits[split].documents == len(texts)
+    joined = [256, *(token for text in texts for token in (*text.encode(), 256))]
+    assert corpus.splits[split].tokens.tolist() == joined
+  counted = {split: content.words for split, content in corpus.splits.items()}
+  assert counted == dict(train=None, validation=2, test=2)
+  assert "validation: 1 documents, 10 bytes, 2 words" in corpus.describe()
+  if form == "txt":
+    assert guess_source(str(tmp_path)) == "pg19"
 
 
 @pytest.mark.parametrize("ending", ["raw", "tokens"])
@@ -260,6 +325,7 @@ FILE_ERRORS = {
   "validation": ({"a.txt": "x"}, "a.txt", dict(validation_path="/no"), "validation_path must name"),
   "enwik8 size": ({"enwik8": "x"}, "enwik8", {}, "enwik8 of 100,000,000 bytes; got {path} with 1 "),
   "wikitext part": ({"wiki.train.raw": "x"}, "", {}, "got {path}/wiki.valid.raw"),
+  "pg19 part": ({"train/a.txt": "x"}, "", dict(source="pg19"), "validation/*.txt, validation/*.j"),
   "token layout": ({"t.bin": b"1234"}, "t.bin", {}, "dtype None, vocab_size None for {path}"),
   "token json": ({"t.bin": b"12", "t.json": "{"}, "t.bin", {}, "readable JSON beside the .bin"),
   "token size": ({"t.bin": b"123"}, "t.bin", dict(token_dtype="uint16", token_vocab_size=9),

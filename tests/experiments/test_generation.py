@@ -95,6 +95,8 @@ LOGITS = jnp.log(jnp.asarray([0.4, 0.05, 0.3, 0.05, 0.15, 0.05]))
     (Sampling(top_p=0.39), [0]),
     (Sampling(top_p=0.8), [0, 2, 4]),
     (Sampling(top_k=3, top_p=0.8), [0, 2]),  # of the 0.85 that is left, 0.7 is 82 %
+    (Sampling(top_k=4), [0, 1, 2, 4]),  # of three equal ones the first
+    (Sampling(top_p=0.86), [0, 1, 2, 4]),
     (Sampling(temperature=2.0), [0, 1, 2, 3, 4, 5]),
     (Sampling(temperature=0.5, top_k=3), [0, 2, 4]),
   ],
@@ -110,6 +112,15 @@ def test_how_often_tokens_are_drawn(sampling, kept):
   assert set(np.flatnonzero(found)) == set(kept)
   deviation = np.sqrt(expected * (1 - expected) / count)
   assert np.all(np.abs(found - expected) <= 5 * deviation)
+
+
+def test_the_nucleus_drops_what_is_behind_more_than_its_mass():
+  """At exactly the mass a token stays, the top one always; each row has a nucleus of its own."""
+  rows = jnp.asarray([[-200.0, 0, 0, -200], [0, -200, -200, 0]])
+  for top_p, kept in ((0.5, ({1, 2}, {0, 3})), (0.49, ({1}, {0})), (1e-9, ({1}, {0}))):
+    keys = jax.random.split(jax.random.key(0), 200)
+    found = jax.vmap(lambda key, p=top_p: sample(rows, key, Sampling(top_p=p)))(keys)
+    assert tuple(set(column.tolist()) for column in found.T) == kept
 
 
 def test_refusals(model):
