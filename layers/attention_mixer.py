@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -137,14 +138,14 @@ class AttentionMixer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: AttentionState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], AttentionState]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md.
 
     Without a window and without a `state`, the returned cache is full: start from `init_state` to
     go on afterwards.
     """
-    del deterministic  # nothing here is random
+    del dropout_key  # nothing here is random
     batch, length, _ = x.shape
     if positions is None:
       positions = positions_from(length, None if state is None else state.position)

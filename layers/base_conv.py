@@ -142,10 +142,10 @@ class BaseConv(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: Float[Array, "B S W"] | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B S W"]]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md."""
-    del positions, deterministic  # a convolution knows distances only; nothing here is random
+    del positions, dropout_key  # a convolution knows distances only; nothing here is random
     state = self.init_state(x.shape[0]) if state is None else state
     inputs = constrain(self.conv_in(x), "batch", "length", "mlp")
     mixed, state = short_convolution(
@@ -209,10 +209,10 @@ class ProjectedConv(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: Float[Array, "B S D"] | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md."""
-    del positions, deterministic
+    del positions, dropout_key
     state = self.init_state(x.shape[0]) if state is None else state
     x = x.astype(self.dtype)
     mixed, state = short_convolution(

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .block import Block
+from .dropout import split_key
 from .losses import LossSums, chunked_cross_entropy
 from .partitioning import constrain, logical
 from .positions import LearnedPositions, position_after, positions_from
@@ -29,6 +30,13 @@ class DecoderState(NamedTuple):
   position: Int[Array, " B"]  # of the next token
 
 
+class Notes(NamedTuple):
+  """What the layers note of a batch while a model is trained."""
+
+  loss: Float[Array, ""]  # to be added to the mean loss of the targets
+  sums: tuple[tuple[Any, ...], ...]  # by groups, as `DecoderLM.absorb` takes them; None: nothing
+
+
 class DecoderLM(nnx.Module):
   """Embedding, blocks, final norm, and a head that may be the embedding itself.
 
@@ -41,6 +49,10 @@ class DecoderLM(nnx.Module):
 
   With `learned_positions` every position has a vector of its own, which is added to the token's;
   at positions past the last one activations are NaN.
+
+  An `embedder`, a module (tokens, positions, dropout_key=...) -> [.., features], takes the place of
+  the table; the head then is one of its own. `head_features` is the width behind `final_norm`, if
+  that changes it.
   """
 
   def __init__(
@@ -52,9 +64,13 @@ class DecoderLM(nnx.Module):
     features: int,
     embedding_scale: float = 1.0,
     learned_positions: int | None = None,
+    embedder: nnx.Module | None = None,
     tied_head: bool = True,
+    head_features: int | None = None,
+    head_bias: bool = False,
     pad_id: int | None = None,
     init_stddev: float = 0.02,
+    init: nnx.Initializer | None = None,
     remat: str = "none",
     loss_chunk: int = 256,
     dtype: DTypeLike = jnp.float32,
@@ -71,15 +87,22 @@ class DecoderLM(nnx.Module):
     self.embedding_scale, self.pad_id = embedding_scale, pad_id
     self.remat, self.loss_chunk, self.dtype = remat, loss_chunk, dtype
     self.residual_dtype = dtype if residual_dtype is None else residual_dtype
-    init = nnx.initializers.normal(init_stddev)
-    table = init(rngs.params(), (vocab_size, features), param_dtype)
-    if pad_id is not None:
-      table = table.at[pad_id].set(0)
-    self.embedding = self._table(table)
+    init = nnx.initializers.normal(init_stddev) if init is None else init
     more = dict(init=init, param_dtype=param_dtype, rngs=rngs)
+    self.embedder = embedder
+    if embedder is None:
+      table = init(rngs.params(), (vocab_size, features), param_dtype)
+      if pad_id is not None:
+        table = table.at[pad_id].set(0)
+      self.embedding = self._table(table)
+    elif tied_head:
+      raise ValueError("DecoderLM: tied_head must be False with an embedder; got True")
     count = learned_positions
     self.positions = None if count is None else LearnedPositions(count, features, **more)
-    self.head = None if tied_head else self._table(init(rngs.params(), table.shape, param_dtype))
+    shape = (vocab_size, features if head_features is None else head_features)
+    self.head = None if tied_head else self._table(init(rngs.params(), shape, param_dtype))
+    bias = jnp.zeros((vocab_size,), param_dtype)
+    self.head_bias = nnx.Param(bias, **logical("vocab")) if head_bias else None
     self.groups = nnx.List([nnx.List(group) for group in _stack(blocks)])
     self.final_norm = final_norm
 
@@ -112,23 +135,19 @@ class DecoderLM(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: DecoderState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], DecoderState]:
     """Activations after the final norm, and the state after the last token.
+
+    With a `dropout_key` what has dropout drops; without one nothing is random.
 
     Raises:
       ValueError: more tokens than there are learned positions.
     """
-    options = dict(
-      segment_ids=segment_ids, positions=positions, lengths=lengths, deterministic=deterministic
+    x, state, _ = self._hidden(
+      tokens, segment_ids, positions, lengths, state, dropout_key, notes=False
     )
-    batch, length = tokens.shape
-    before = jnp.zeros((batch,), jnp.int32) if state is None else state.position
-    if positions is None:
-      positions = positions_from(length, None if state is None else before)
-    x = self._embed(tokens, positions)
-    x, states = self._run(x, state, lambda block, x, state: block(x, state=state, **options))
-    return self._final(x), DecoderState(states, position_after(positions, lengths, before))
+    return x, state
 
   def __call__(
     self, tokens: Int[Array, "B T"], **options
@@ -151,40 +170,97 @@ class DecoderLM(nnx.Module):
     Targets belong to the positions `places` of each row, or to all of them: then N = T.
     """
     x, _ = self.hidden(tokens, **options)
-    if places is not None:
-      x = jnp.take_along_axis(x, places[..., None], axis=1)  # [B, T, D] -> [B, N, D]
-    return chunked_cross_entropy(x, self._head(), targets, weights, chunk_size=self.loss_chunk)
+    return self._loss(x, targets, weights, places)
+
+  def loss_and_notes(
+    self,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B N"],
+    weights: Float[Array, "B N"] | None = None,
+    *,
+    places: Int[Array, "B N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[LossSums, Notes]:
+    """`loss` for training: what the layers note goes into the gradient and to `absorb`."""
+    x, _, notes = self._hidden(tokens, segment_ids, None, None, None, dropout_key, notes=True)
+    total = sum(
+      (jnp.sum(note.loss) for group in notes for note in group if note is not None),
+      start=jnp.zeros((), jnp.float32),
+    )
+    sums = tuple(tuple(None if n is None else n.sums for n in group) for group in notes)
+    return self._loss(x, targets, weights, places), Notes(total, sums)
+
+  def absorb(self, sums: tuple[tuple[Any, ...], ...]) -> None:
+    """Brings the sums of a batch's notes into the layers, once per step of the optimiser."""
+    for group, of_group in zip(self.groups, sums, strict=True):
+      for block, of_block in zip(group, of_group, strict=True):
+        if of_block is not None:
+          block.absorb(of_block)
 
   def step(
     self, tokens: Int[Array, " B"], state: DecoderState
   ) -> tuple[Float[Array, "B V"], DecoderState]:
     """(logits, new state) after one more token per row."""
-    x = self._embed(tokens, state.position)
-    x, states = self._run(x, state, lambda block, x, state: block.step(x, state), remat="none")
+    x = self._embed(tokens, state.position, None)
+
+    def call(block, x, state, key):
+      del key
+      return block.step(x, state)
+
+    x, states = self._run(x, state, call, remat="none")
     return self.logits(self._final(x)), DecoderState(states, state.position + 1)
 
-  def _run(self, x, state, call, remat=None):
-    """All layers, `call(block, x, state) -> (x, state)` each; (x, their states by groups)."""
+  def _hidden(self, tokens, segment_ids, positions, lengths, state, dropout_key, *, notes):
+    """(activations after the final norm, state, notes by groups)."""
+    batch, length = tokens.shape
+    before = jnp.zeros((batch,), jnp.int32) if state is None else state.position
+    options = dict(segment_ids=segment_ids, positions=positions, lengths=lengths)
+    if positions is None:
+      positions = positions_from(length, None if state is None else before)
+    embed_key, layers_key = split_key(dropout_key, 2)
+
+    def call(block, x, state, key):
+      x, *found = block.with_note(x, state=state, dropout_key=key, **options)
+      return x, tuple(found) if notes else (found[0], None)
+
+    x = self._embed(tokens, positions, embed_key)
+    x, found = self._run(x, state, call, dropout_key=layers_key)
+    states, noted = (tuple(tuple(pair[n] for pair in group) for group in found) for n in (0, 1))
+    after = DecoderState(states, position_after(positions, lengths, before))
+    return self._final(x), after, noted
+
+  def _run(self, x, state, call, remat=None, dropout_key=None):
+    """All layers, `call(block, x, state, key) -> (x, found)` each; (x, the findings by groups)."""
     remat = self.remat if remat is None else remat
-    new_states = []
+    results = []
+    keys = split_key(dropout_key, len(self.groups))
     for n, group in enumerate(self.groups):
       parts = [nnx.split(block) for block in group]
       functions = [_layer(graph, call, remat) for graph, _ in parts]
 
       def turn(x, inputs, functions=functions):
-        states = []
-        for function, (variables, before) in zip(functions, inputs, strict=True):
-          x, after = function(x, variables, before)
-          states.append(after)
-        return x, tuple(states)
+        found = []
+        for function, given in zip(functions, inputs, strict=True):
+          x, of_layer = function(x, *given)
+          found.append(of_layer)
+        return x, tuple(found)
 
       before = (None,) * len(parts) if state is None else state.groups[n]
-      inputs = [(variables, old) for (_, variables), old in zip(parts, before, strict=True)]
-      x, after = jax.lax.scan(turn, x, inputs)
-      new_states.append(after)
-    return x, tuple(new_states)
+      inputs = []
+      for block, (_, variables), old, key in zip(
+        group, parts, before, split_key(keys[n], len(parts)), strict=True
+      ):
+        own_keys = None if key is None else jax.random.split(key, _depth(block))
+        inputs.append((variables, old, own_keys))
+      x, found = jax.lax.scan(turn, x, inputs)
+      results.append(found)
+    return x, tuple(results)
 
-  def _embed(self, tokens, positions):
+  def _embed(self, tokens, positions, key):
+    if self.embedder is not None:
+      x = self.embedder(tokens, positions, dropout_key=key).astype(self.residual_dtype)
+      return constrain(x, "batch", "length", None) if x.ndim == 3 else x
     x = self.embedding[...][tokens].astype(self.residual_dtype)  # [B, T, D] or [B, D]
     if self.pad_id is not None:  # the row of the padding token learns through the head alone
       x = jnp.where((tokens == self.pad_id)[..., None], jax.lax.stop_gradient(x), x)
@@ -192,6 +268,14 @@ class DecoderLM(nnx.Module):
     if self.positions is not None:
       x += self.positions(positions).astype(x.dtype)
     return constrain(x, "batch", "length", None) if x.ndim == 3 else x
+
+  def _loss(self, x, targets, weights, places):
+    if places is not None:
+      x = jnp.take_along_axis(x, places[..., None], axis=1)  # [B, T, D] -> [B, N, D]
+    bias = None if self.head_bias is None else self.head_bias[...]
+    return chunked_cross_entropy(
+      x, self._head(), targets, weights, bias=bias, chunk_size=self.loss_chunk
+    )
 
   def _final(self, x):
     return self.final_norm(x).astype(self.dtype)
@@ -207,14 +291,15 @@ class DecoderLM(nnx.Module):
     """float32 logits of activations after the final norm."""
     head = self._head().astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+    logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+    return logits if self.head_bias is None else logits + self.head_bias[...].astype(wide)
 
 
 def _layer(graph, call, remat):
   """One layer as a function of its variables, recomputed in the backward pass if wanted."""
 
-  def layer(x, variables, state):
-    return call(nnx.merge(graph, variables), x, state)
+  def layer(x, variables, state, key):
+    return call(nnx.merge(graph, variables), x, state, key)
 
   if remat == "none":
     return layer

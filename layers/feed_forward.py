@@ -1,11 +1,13 @@
 """Channel mixers."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .activations import activation
+from .dropout import dropout
 from .partitioning import constrain
 from .projections import dense
 
@@ -14,7 +16,7 @@ class GatedLinearUnit(nnx.Module):
   """y = (f(x W_gate) * (x W_up)) W_down.
 
   With f = identity this is the SGLU of TransNormerLLM, with silu SwiGLU, with gelu GEGLU.
-  `down_init` draws W_down, if it differs from `init`.
+  `down_init` draws W_down, if it differs from `init`. `dropout` drops hidden units.
   """
 
   def __init__(
@@ -24,29 +26,32 @@ class GatedLinearUnit(nnx.Module):
     *,
     activation: str = "identity",
     use_bias: bool = False,
+    dropout: float = 0.0,
     init: nnx.Initializer,
     down_init: nnx.Initializer | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.activation = activation
+    self.activation, self.dropout = activation, dropout
     kwargs = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.gate = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
     self.up = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
     self.down = dense(hidden, features, ("mlp", "embed"), init=down_init or init, **kwargs)
 
-  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+  def __call__(
+    self, x: Float[Array, "*B D"], *, dropout_key: jax.Array | None = None
+  ) -> Float[Array, "*B D"]:
     hidden = activation(self.activation)(self.gate(x)) * self.up(x)
     if hidden.ndim == 3:
       hidden = constrain(hidden, "batch", "length", "mlp")
-    return self.down(hidden)
+    return self.down(dropout(hidden, self.dropout, dropout_key))
 
 
 class FeedForward(nnx.Module):
   """y = f(x W_1) W_2. With f = "gelu" (the exact one, by erf) RAT's, with "gelu_tanh" GPT-2's.
 
-  `down_init` draws W_2, if it differs from `init`.
+  `down_init` draws W_2, if it differs from `init`. `dropout` drops hidden units.
   """
 
   def __init__(
@@ -56,26 +61,32 @@ class FeedForward(nnx.Module):
     *,
     activation: str = "gelu",
     use_bias: bool = False,
+    dropout: float = 0.0,
     init: nnx.Initializer,
     down_init: nnx.Initializer | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.activation = activation
+    self.activation, self.dropout = activation, dropout
     kwargs = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.fc1 = dense(features, hidden, ("embed", "mlp"), init=init, **kwargs)
     self.fc2 = dense(hidden, features, ("mlp", "embed"), init=down_init or init, **kwargs)
 
-  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+  def __call__(
+    self, x: Float[Array, "*B D"], *, dropout_key: jax.Array | None = None
+  ) -> Float[Array, "*B D"]:
     hidden = activation(self.activation)(self.fc1(x))
     if hidden.ndim == 3:
       hidden = constrain(hidden, "batch", "length", "mlp")
-    return self.fc2(hidden)
+    return self.fc2(dropout(hidden, self.dropout, dropout_key))
 
 
 class Identity(nnx.Module):
   """Stands for a channel mixer where there is none; the block adds its normalised input still."""
 
-  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+  def __call__(
+    self, x: Float[Array, "*B D"], *, dropout_key: jax.Array | None = None
+  ) -> Float[Array, "*B D"]:
+    del dropout_key
     return x

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -120,7 +121,7 @@ class LightningMixer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: LightningState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], LightningState]:
     """Mixes a whole sequence; returns (y, state after the last token).
 
@@ -128,7 +129,7 @@ class LightningMixer(nnx.Module):
     default counted on from the state. lengths: tokens past a row's length are padding and leave the
     state alone. state: continues the document of the first token.
     """
-    del deterministic  # nothing here is random
+    del dropout_key  # nothing here is random
     batch, length, _ = x.shape
     fresh = state is None
     state = self.init_state(batch) if fresh else state

@@ -26,9 +26,10 @@ def chunked_cross_entropy(
   targets: Int[Array, "B T"],
   weights: Float[Array, "B T"] | None = None,
   *,
+  bias: Float[Array, " V"] | None = None,
   chunk_size: int = 256,
 ) -> LossSums:
-  """Cross-entropy of softmax(hidden head^T) against `targets`, `chunk_size` positions at a time.
+  """Cross-entropy of softmax(hidden head^T + bias) with targets, `chunk_size` positions at a time.
 
   The logits of a chunk, [B, chunk_size, V] in float32, exist only while it is worked on; the
   backward pass computes them again. Targets outside [0, V) must have weight 0.
@@ -57,7 +58,7 @@ def chunked_cross_entropy(
       f" {length} (pad the sequences)"
     )
   if not axes:
-    return _sums(hidden, head, targets, weights, chunk_size=chunk_size)
+    return _sums(hidden, head, bias, targets, weights, chunk_size=chunk_size)
 
   def split(axis, size):  # an axis that does not divide stays whole, as for parameters
     return axis if axis in axes and size % axes[axis] == 0 else None
@@ -72,12 +73,12 @@ def chunked_cross_entropy(
     embed_axis=embed_axis,
     vocab_axis=vocab_axis,
   )
-  specs = (P(*tokens, None), P(vocab_axis, embed_axis), tokens, tokens)
-  return jax.shard_map(local, in_specs=specs, out_specs=P())(hidden, head, targets, weights)
+  specs = (P(*tokens, None), P(vocab_axis, embed_axis), P(vocab_axis), tokens, tokens)
+  return jax.shard_map(local, in_specs=specs, out_specs=P())(hidden, head, bias, targets, weights)
 
 
 def _device_sums(
-  hidden, head, targets, weights, *, chunk_size, token_axes, embed_axis, vocab_axis
+  hidden, head, bias, targets, weights, *, chunk_size, token_axes, embed_axis, vocab_axis
 ) -> LossSums:
   """The sums over the whole mesh, from one device's rows, positions and part of the head."""
   head = head.astype(hidden.dtype)
@@ -86,8 +87,16 @@ def _device_sums(
   # Counts as different on each device from here on: then its gradient is summed here, behind the
   # loop. What was gathered does so already.
   head = _varying(head, [axis for axis in token_axes if axis != embed_axis])
+  bias = None if bias is None else _varying(bias, token_axes)
   sums = _sums(
-    hidden, head, targets, weights, chunk_size=chunk_size, axes=token_axes, vocab_axis=vocab_axis
+    hidden,
+    head,
+    bias,
+    targets,
+    weights,
+    chunk_size=chunk_size,
+    axes=token_axes,
+    vocab_axis=vocab_axis,
   )
   return jax.lax.psum(sums, token_axes)
 
@@ -96,7 +105,9 @@ def _varying(x, axes):
   return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
-def _sums(hidden, head, targets, weights, *, chunk_size, axes=(), vocab_axis=None) -> LossSums:
+def _sums(
+  hidden, head, bias, targets, weights, *, chunk_size, axes=(), vocab_axis=None
+) -> LossSums:
   batch, length = targets.shape
   size = min(chunk_size, length)
 
@@ -113,6 +124,8 @@ def _sums(hidden, head, targets, weights, *, chunk_size, axes=(), vocab_axis=Non
   def add_chunk(sums, inputs):
     h, target, weight = inputs
     logits = jnp.einsum("bcd,vd->bcv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+      logits += bias.astype(logits.dtype)
     normaliser, chosen, largest = _of_vocabulary(logits, target, vocab_axis)
     correct = chosen >= largest
     terms = (normaliser - chosen, jnp.square(normaliser), correct, jnp.ones_like(weight))

@@ -20,6 +20,14 @@ def srms_norm(
   return (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
 
 
+def standardise(x: Float[Array, "..."], eps: float = 1e-6) -> Float[Array, "..."]:
+  """(x - mean) / sqrt(variance + eps) over the last axis, without parameters."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
 class SRMSNorm(nnx.Module):
   """`srms_norm` over the last axis as a module."""
 
@@ -50,10 +58,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((features,), param_dtype), **logical("embed"))
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + self.eps)
+    normed = standardise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.eps)
     return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 

@@ -108,7 +108,7 @@ class RatMixer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: RatState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], RatState]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md.
 
@@ -116,7 +116,7 @@ class RatMixer(nnx.Module):
     state. Without a `state` the returned one has no slot for further chunks: start from
     `init_state` to go on afterwards.
     """
-    del positions, deterministic  # nothing here is random
+    del positions, dropout_key  # nothing here is random
     split = operator_axes()
     function = rat_attention if split is None else sharded_rat_attention
     query, key, value, gate, output_logits = self._project(x)

@@ -80,10 +80,10 @@ class RecurrentMixer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: RecurrentState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], RecurrentState]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md."""
-    del positions, deterministic  # there are no positions, and nothing here is random
+    del positions, dropout_key  # there are no positions, and nothing here is random
     before = (self.init_state(x.shape[0]) if state is None else state).running_value
     output_gate, value, gate = self._project(x)  # [B, T, H, K] each
     kept = gate if segment_ids is None else jnp.where(starts(segment_ids)[..., None, None], 0, gate)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -105,10 +106,10 @@ class TaylorMixer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     state: TaylorState | None = None,
-    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], TaylorState]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md."""
-    del positions, deterministic  # there are no positions, and nothing here is random
+    del positions, dropout_key  # there are no positions, and nothing here is random
     query, key, value = self._project(x)
     memory = None if state is None else state.memory
     output, memory = self._attend(query, key, value, memory, segment_ids, lengths)

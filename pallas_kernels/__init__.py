@@ -1,5 +1,6 @@
 """Attention operators as pure functions on arrays. See WORKSPACE.md for the map."""
 
+from .block_attention import block_attention, block_attention_step, block_window
 from .lightning_attention import (
   lightning_attention,
   lightning_attention_step,
@@ -14,6 +15,7 @@ from .routed_attention import (
   empty_routed_state,
   routed_attention,
   routed_attention_step,
+  sharded_routed_attention,
 )
 from .sliding_window_attention import (
   WindowState,
@@ -51,6 +53,9 @@ __all__ = [
   "Routing",
   "Variant",
   "WindowState",
+  "block_attention",
+  "block_attention_step",
+  "block_window",
   "empty_cache",
   "empty_rat_state",
   "empty_routed_state",
@@ -66,6 +71,7 @@ __all__ = [
   "sharded_lightning_attention",
   "sharded_rat_attention",
   "sharded_sliding_window_attention",
+  "sharded_routed_attention",
   "sharded_softmax_attention",
   "sharded_softplus_attention",
   "sharded_taylor_attention",

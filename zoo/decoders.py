@@ -47,7 +47,7 @@ def decoder(
     final_norm,
     vocab_size=config.vocab_size,
     features=config.features,
-    init_stddev=config.init_stddev,
+    init_stddev=getattr(config, "init_stddev", 0.02),
     remat=config.remat,
     loss_chunk=config.loss_chunk,
     residual_dtype=wide if getattr(config, "residual_in_float32", False) else None,

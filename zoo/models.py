@@ -7,10 +7,10 @@ from types import ModuleType
 from flax import nnx
 
 from ..layers import DecoderLM
-from . import based, mqar, rat, softplus, transnormer
+from . import based, mqar, rat, routing, softplus, transnormer
 
 # Every module here has PRESETS (name -> frozen config), build(config, rngs) and parameter_count.
-MODULES: tuple[ModuleType, ...] = (transnormer, based, mqar, rat, softplus)
+MODULES: tuple[ModuleType, ...] = (transnormer, based, mqar, rat, softplus, routing)
 
 
 def list_models() -> list[str]:

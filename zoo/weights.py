@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from ..layers.stacking import layer_places
+from ..layers.variables import SAVED
 from .safetensors_file import read_safetensors
 from .torch_pickle import read_torch_file
 
@@ -200,8 +201,8 @@ def load_slots[Model: nnx.Module](
   if any(problems.values()):
     listed = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     raise ValueError(f"import_weights: the tensors must be those of {what}; {listed}")
-  graph, template, _ = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-  constants = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
+  graph, template, _ = nnx.split(nnx.eval_shape(build), SAVED, ...)
+  constants = jax.jit(lambda: nnx.split(build(), SAVED, ...)[2])()
   sources: dict[tuple, list[Slot]] = {}
   for slot in slots:
     sources.setdefault(slot.path, []).append(slot)
@@ -240,7 +241,7 @@ def dump_slots(
   model: nnx.Module, slots: Iterable[Slot], dtype: str | None
 ) -> dict[str, np.ndarray]:
   """The published tensors of a model, in `dtype` (None: that of the parameters)."""
-  params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+  params = dict(nnx.to_flat_state(nnx.state(model, SAVED)))
   values = {path: jax.device_get(variable.get_value()) for path, variable in params.items()}
   parts: dict[str, list[np.ndarray]] = {}
   for slot in slots:

@@ -196,7 +196,8 @@ def _evaluate(run: Run, current: state.TrainState, max_tokens: int) -> Evaluatio
 
 
 def _check_finite(run: Run, step: int, metrics: state.Metrics) -> dict[str, float]:
-  values = {name: float(value) for name, value in metrics._asdict().items()}
+  found = {**metrics._asdict(), **metrics.extra}
+  values = {name: float(value) for name, value in found.items() if name != "extra"}
   if not all(map(math.isfinite, values.values())):
     got = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
     raise _non_finite(run, step, "loss and gradient", got)

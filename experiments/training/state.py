@@ -15,7 +15,10 @@ from jax.sharding import PartitionSpec as P
 from attnzoo import zoo
 from attnzoo.experiments.training.config import Experiment, MeshConfig
 from attnzoo.experiments.training.optimizers import make_optimizer
+from attnzoo.layers import Tracked
+from attnzoo.layers.centroids import clusters_in_use
 from attnzoo.layers.partitioning import MESH_AXES, parameter_shardings
+from attnzoo.layers.variables import SAVED
 
 Params = dict[str, jax.Array]  # path with dots -> array, such as "groups.0.0.mixer.log_decay"
 
@@ -32,7 +35,7 @@ class Parts(NamedTuple):
   """A model taken apart: `merge(parts, params)` puts it together again, inside jit or out."""
 
   graph: nnx.GraphDef
-  template: nnx.State  # of the parameters
+  template: nnx.State  # of the parameters and of what is `Tracked`
   constants: nnx.State
 
 
@@ -42,6 +45,7 @@ class Metrics(NamedTuple):
   loss: jax.Array  # nats per target
   accuracy: jax.Array
   grad_norm: jax.Array
+  extra: dict[str, jax.Array]  # what the model's layers note, by name
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -103,8 +107,15 @@ def check_divides(experiment: Experiment, mesh: Mesh) -> None:
 
 
 def take_apart(model: nnx.Module) -> tuple[Parts, Params]:
-  graph, template, constants = nnx.split(model, nnx.Param, ...)
+  graph, template, constants = nnx.split(model, SAVED, ...)
   return Parts(graph, template, constants), flatten(template)
+
+
+def trained(parts: Parts, params: Params) -> Params:
+  """Those that the optimiser changes; the others follow the data (`Tracked`)."""
+  flat = nnx.to_flat_state(parts.template)
+  tracked = {_name(path) for path, variable in flat if isinstance(variable, Tracked)}
+  return {name: value for name, value in params.items() if name not in tracked}
 
 
 def flatten(state: nnx.State) -> Params:
@@ -125,7 +136,7 @@ def abstract_state(experiment: Experiment) -> tuple[Parts, TrainState]:
   model = nnx.eval_shape(lambda: zoo.build(experiment.model, nnx.Rngs(0)))
   parts, params = take_apart(model)
   optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-  opt_state = jax.eval_shape(optimizer.init, params)
+  opt_state = jax.eval_shape(optimizer.init, trained(parts, params))
   return parts, TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
 
 
@@ -168,8 +179,9 @@ def initial_state(experiment: Experiment, mesh: Mesh) -> tuple[Parts, TrainState
   seed = experiment.train.seed
 
   def make():
-    _, params = take_apart(zoo.build(experiment.model, nnx.Rngs(seed)))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    fresh, params = take_apart(zoo.build(experiment.model, nnx.Rngs(seed)))
+    opt_state = optimizer.init(trained(fresh, params))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
   return parts, jax.jit(make, out_shardings=shardings)(), shardings
 
@@ -190,41 +202,62 @@ def make_train_step(
   optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
   z_weight = experiment.optimizer.z_loss
   pieces = experiment.train.grad_accumulation
+  drops = getattr(experiment.model, "has_dropout", False)
 
-  def summed_loss(params, batch):
-    sums = _loss_sums(parts, params, batch)
-    return sums.loss + z_weight * sums.z_loss, sums
+  def summed_loss(learned, params, batch, key):
+    model = merge(parts, params | learned)
+    sums, notes = model.loss_and_notes(**batch, dropout_key=key)
+    notes = notes._replace(loss=notes.loss * sums.weight)  # a mean, to be added up like the sums
+    return sums.loss + z_weight * sums.z_loss + notes.loss, (sums, notes)
 
   gradient = jax.grad(summed_loss, has_aux=True)
 
-  def accumulate(params, batch):
+  def accumulate(params, batch, key):
+    """(gradient, (sums, notes)) of the batch, in pieces; one key each."""
+    learned = trained(parts, params)
     if pieces == 1:
-      return gradient(params, batch)
+      return gradient(learned, params, batch, key)
     batch = {  # [B, T] -> [pieces, B / pieces, T]; interleaved, so that each device keeps its rows
       name: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0) for name, x in batch.items()
     }
+    keys = None if key is None else jax.random.split(key, pieces)
 
     def add(total, piece):
-      return jax.tree.map(jnp.add, total, gradient(params, piece)), None
+      return jax.tree.map(jnp.add, total, gradient(learned, params, *piece)), None
 
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+    one = jax.tree.map(lambda x: x[0], (batch, keys))
+    shapes = jax.eval_shape(gradient, learned, params, *one)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, batch)[0]
+    return jax.lax.scan(add, zeros, (batch, keys))[0]
 
   def train_step(
     state: TrainState, batch: dict, rate: jax.Array | None = None
   ) -> tuple[TrainState, Metrics]:
-    grads, sums = accumulate(state.params, batch)
+    key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step) if drops else None
+    grads, (sums, notes) = accumulate(state.params, batch, key)
     count = jnp.maximum(sums.weight, 1)
     grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    learned = trained(parts, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     if rate is not None:  # every update is proportional to it, weight decay included
       updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
-    params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(sums.loss / count, sums.correct / count, optax.tree.norm(grads))
+    params = state.params | optax.apply_updates(learned, updates)
+    extra = {}
+    if jax.tree.leaves(notes.sums):
+      params = _absorbed(parts, params, notes.sums)
+      extra = dict(auxiliary_loss=notes.loss / count, clusters_in_use=clusters_in_use(notes.sums))
+    norm = optax.tree.norm(grads)
+    metrics = Metrics(sums.loss / count, sums.correct / count, norm, extra)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _absorbed(parts: Parts, params: Params, sums) -> Params:
+  """The parameters after what is tracked has followed a batch."""
+  model = merge(parts, params)
+  model.absorb(sums)
+  return take_apart(model)[1]
 
 
 def make_eval_step(parts: Parts) -> Callable[[Params, dict], Any]:

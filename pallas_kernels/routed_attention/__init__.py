@@ -2,6 +2,7 @@
 
 from .api import routed_attention
 from .options import Routing
+from .sharding import sharded_routed_attention
 from .state import RoutedState, empty_routed_state
 from .step import routed_attention_step
 
@@ -11,4 +12,5 @@ __all__ = [
   "empty_routed_state",
   "routed_attention",
   "routed_attention_step",
+  "sharded_routed_attention",
 ]

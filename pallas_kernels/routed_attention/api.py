@@ -1,5 +1,8 @@
 """The public function: checks, choice of implementation."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,6 +36,7 @@ def routed_attention(
   lengths: Int[Array, " B"] | None = None,
   initial_state: RoutedState | None = None,
   implementation: str | None = None,
+  interpret: Any = False,
 ) -> tuple[Float[Array, "B T H V"], RoutedState]:
   """Attention among the tokens that are near the same centroid.
 
@@ -62,8 +66,10 @@ def routed_attention(
     lengths: int [B]. Tokens at or past a row's length are padding: they are no members, their
       output is 0, and the final state is the one after the last real token.
     initial_state: `RoutedState` of the tokens before; not with "official", not with a memory.
-    implementation: "xla", "reference", or None: "xla", in which "causal_recent" is a sort and the
-      sliding-window attention of the platform.
+    implementation: "xla", "tpu", "triton", "reference", or None: with "official" the kernel of the
+      platform that is compiled for where it takes the arguments, else "xla". The kernels are for
+      "official" only; "causal_recent" is a sort and the sliding-window attention of the platform.
+    interpret: run the Pallas TPU kernels in their CPU interpreter (tests).
 
   Returns:
     (output [B, T, H, V] in the dtype of `value`, final `RoutedState`). Tokens of no cluster have
@@ -92,7 +98,9 @@ def routed_attention(
     key_scores = only(jax.lax.stop_gradient(jnp.asarray(key_scores, scores.dtype)), real)
   scores = only(scores, real)
   tokens = extend(key, value, scores, segments, initial_state)
-  implementation = implementation or "xla"
+  keys = tokens if key_scores is None else tokens._replace(scores=key_scores)
+  if implementation is None:
+    implementation = _choose(query, keys, scores, options, Extras(relative, memory))
   if implementation == "reference":
     if initial_state is not None:
       raise NotImplementedError(
@@ -102,19 +110,52 @@ def routed_attention(
     output = routed_reference(
       q, k, v, scores, key_scores, options, relative, memory, real, segments
     ).astype(value.dtype)
-  elif implementation != "xla":
-    raise NotImplementedError(
-      f'{NAME}: implementation="{implementation}" has no kernel yet for {compat.target_platform()}'
-      ' (use "xla")'
+  elif options.membership != "official":
+    if implementation != "xla":
+      raise NotImplementedError(
+        f'{NAME}: implementation must be "xla" with membership="{options.membership}"; got'
+        f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
+      )
+    recent = options.membership == "causal_recent"
+    extras = Extras(relative, memory)
+    output = (
+      _recent(query, tokens, options) if recent else attend_prefix(query, tokens, options, extras)
     )
-  elif options.membership == "causal_recent":
-    output = _recent(query, tokens, options)
-  elif options.membership == "topk_prefix":
-    output = attend_prefix(query, tokens, options, Extras(relative, memory))
   else:
-    keys = tokens if key_scores is None else tokens._replace(scores=key_scores)
-    output = attend_clusters(query, keys, scores, options, Extras(relative, memory))
+    attend = _attend(implementation, interpret)
+    output = attend(query, keys, scores, options, Extras(relative, memory))
   return zero_padding(output, lengths), state_after(tokens, options, segments, lengths)
+
+
+def _choose(query, tokens, scores, options, extras) -> str:
+  """The kernel of the platform where it takes these arguments, else the portable path."""
+  platform = compat.target_platform()
+  if options.membership != "official":
+    return "xla"
+  if platform == "cuda" and compat.has_jax_triton():
+    from .triton import fits
+
+    return "xla" if fits(query, tokens, scores, options, extras) else "triton"
+  if platform == "tpu":
+    from .tpu_vjp import fits
+
+    return "xla" if fits(query, tokens, scores, options, extras) else "tpu"
+  return "xla"
+
+
+def _attend(implementation, interpret):
+  """Attention with membership "official" by one implementation."""
+  if implementation == "xla":
+    return attend_clusters
+  if implementation == "triton":
+    compat.require_triton(NAME)
+    from .triton_vjp import attend_clusters_triton
+
+    return attend_clusters_triton
+  compat.require_tpu(NAME, interpret)
+  from .tpu_vjp import attend_clusters_tpu  # Pallas' TPU half is loaded only where it is used.
+
+  return functools.partial(attend_clusters_tpu, interpret=interpret)
 
 
 def _recent(query, tokens, options):
@@ -144,7 +185,7 @@ def _pair(name, one, other_name, other):
   if (one is None) != (other is None):
     checks.fail(NAME, other_name if other is None else name, "be given with the other", None,
                 f"{name} and {other_name} go together")  # fmt: skip
-  return None if one is None else (one, other)
+  return None if one is None else (jnp.asarray(one), jnp.asarray(other))
 
 
 def check_arguments(

@@ -28,7 +28,7 @@ def attend_members(
   v: Float[Array, "*C J V"],
   pairs: Bool[Array, "..."],
   own: Bool[Array, "..."],
-  rank: Int[Array, "..."],
+  rank: Int[Array, "..."] | int,
   options: Routing,
   relative: tuple[jax.Array, jax.Array] | None,
   memory: tuple[jax.Array, jax.Array] | None,
@@ -36,14 +36,13 @@ def attend_members(
   """Softmax attention, float32; 0 for queries without keys.
 
   [..., I, J] or what broadcasts to it: `pairs` that are seen, which of them are a token with
-  itself (`own`), and by how many members the key is behind the query (`rank`).
+  itself (`own`), and by how many members the key is behind the query (`rank`; a number n stands
+  for j - i - n).
   """
   logits = options.scale * einsum_f32("...ik,...jk->...ij", q, k)
-  offset = None
   if relative is not None:
-    limit = relative[0].shape[0] // 2
-    offset = jnp.broadcast_to(jnp.clip(rank, -limit, limit) + limit, logits.shape)
-    logits += _pick(einsum_f32("...ik,rk->...ir", q, relative[0]), offset)
+    keys, values, spread = _by_rank(relative, rank, logits.shape)
+    logits += spread(einsum_f32("...ik,rk->...ir", q, keys))
   if options.own_pair == "last_resort":
     logits = jnp.where(own, OWN_PAIR, logits)
   logits = jnp.where(pairs, logits, -jnp.inf)
@@ -60,14 +59,27 @@ def attend_members(
   output = einsum_f32("...ij,...jv->...iv", rounded[..., count:], v)
   if memory is not None:
     output += einsum_f32("bhim,hmv->bhiv", rounded[..., :count], memory[1])
-  if relative is not None:  # weights are added up by offset: the transpose of picking by it
-    by_offset = jax.ShapeDtypeStruct((*logits.shape[:-1], relative[0].shape[0]), weights.dtype)
-    add_up = jax.linear_transpose(lambda rows: _pick(rows, offset), by_offset)
-    (sums,) = add_up(weights[..., count:])
-    output += einsum_f32("...ir,rv->...iv", sums.astype(v.dtype), relative[1])
+  if relative is not None:  # weights are added up by rank: the transpose of spreading
+    by_rank = jax.ShapeDtypeStruct((*logits.shape[:-1], keys.shape[0]), weights.dtype)
+    (sums,) = jax.linear_transpose(spread, by_rank)(weights[..., count:])
+    output += einsum_f32("...ir,rv->...iv", sums.astype(v.dtype), values)
   return output
 
 
-def _pick(rows, offset):
-  """[..., I, R] -> [..., I, J]: of each row the entries at `offset`."""
-  return jnp.take_along_axis(rows, offset, axis=-1)
+def _by_rank(relative, rank, shape):
+  """Rows of both tables, and the function from [..., I, rows] to [..., I, J]: for each pair the
+  entry of its rank.
+  """
+  limit = relative[0].shape[0] // 2
+  if not isinstance(rank, int):
+    offset = jnp.broadcast_to(jnp.clip(rank, -limit, limit) + limit, shape)
+    return *relative, lambda rows: jnp.take_along_axis(rows, offset, axis=-1)
+  count, keys = shape[-2:]
+  ranks = jnp.arange(1 - count, keys + 1) - rank  # one more than there are
+  keys_and_values = (table[jnp.clip(ranks, -limit, limit) + limit] for table in relative)
+
+  def spread(rows):  # entry j - i + I - 1 of row i is i steps of I + J - 1 behind the first
+    flat = rows.reshape(*shape[:-2], -1)[..., count - 1 : -1]
+    return flat.reshape(*shape[:-1], -1)[..., :keys]
+
+  return *keys_and_values, spread

@@ -41,3 +41,14 @@ def gather_own(
 ) -> Float[Array, "B H C W"]:
   """Each member's score in its own cluster."""
   return jnp.take_along_axis(scores.transpose(0, 2, 3, 1), members, axis=-1)
+
+
+def memberships(
+  members: Int[Array, "B H C W"], real: Bool[Array, "B H C W"], length: int
+) -> Int[Array, "B H {length}"]:
+  """In how many lists each token is; fillers are not `real`."""
+  batch, heads = members.shape[:2]
+  rows = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
+  where = (*rows, members.reshape(batch, heads, -1))
+  count = jnp.zeros((batch, heads, length), jnp.int32)
+  return count.at[where].add(real.reshape(batch, heads, -1).astype(jnp.int32))

@@ -30,7 +30,9 @@ class Routing:
   scale: float = 1.0  # of query . key
   own_pair: str = "seen"  # "last_resort": a token sees itself only where it sees nothing else
   combine_eps: float = 0.01  # outputs of m clusters are added and divided by m + this
-  zero_values_seen: bool = True  # False: keys whose value is exactly 0 are masked, as published
+  # False: keys whose value is exactly 0 are masked. As published: padding with such values is
+  # nowhere seen, but takes places in the clusters, where `lengths` makes room.
+  zero_values_seen: bool = True
 
   def __post_init__(self):
     for name, known in (("membership", MEMBERSHIPS), ("mask", MASKS), ("own_pair", OWN_PAIRS)):
@@ -38,8 +40,8 @@ class Routing:
         self._fail(name, f"be one of {known}", "see Routing")
     if self.window_size < 1:
       self._fail("window_size", "be at least 1", "members of a cluster")
-    if self.combine_eps < 0:
-      self._fail("combine_eps", "be at least 0", "0.01 as published")
+    if self.combine_eps <= 0:
+      self._fail("combine_eps", "be above 0", "0.01 as published; some tokens are in no cluster")
     if self.membership != "official":
       if not self.causal:
         self._fail("membership", "be 'official' where causal is False", "the others are causal")

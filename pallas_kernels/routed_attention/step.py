@@ -28,8 +28,12 @@ def routed_attention_step(
   """
   window = state.score.shape[-1]
   scores = scores.astype(state.score.dtype)
-  if options.membership == "causal_recent":
-    admitted = nearest(scores)[..., None] == jnp.arange(scores.shape[-1])
+  every, recent = state, options.membership == "causal_recent"
+  if recent:  # one list per head is read and written
+    own = nearest(scores)[..., None]
+    state = RoutedState(*(jnp.take_along_axis(x, _like(own, x), axis=2) for x in state))
+    scores = jnp.take_along_axis(scores, own, axis=2)
+    admitted = jnp.ones(scores.shape, bool)
     leaves = jnp.zeros(scores.shape, jnp.int32)
   else:
     worst = jnp.min(state.score, axis=-1)
@@ -37,18 +41,19 @@ def routed_attention_step(
     # The last of equals: lists are in the order of positions.
     leaves = window - 1 - jnp.argmin(state.score[..., ::-1], axis=-1)
   slot = jnp.arange(window)
-  source = jnp.minimum(slot + (slot >= leaves[..., None]), window - 1)  # [B, H, C, W]
+  moves = admitted[..., None] & (slot >= leaves[..., None])  # [B, H, C, W]
 
-  def enter(old, new):  # old [B, H, C, W, ...], new [B, H, (C or 1), ...]
-    more = (1,) * (old.ndim - 4)
-    moved = jnp.take_along_axis(old, source.reshape(*source.shape, *more), axis=3)
-    moved = jnp.where((slot == window - 1).reshape(window, *more), new[:, :, :, None], moved)
-    return jnp.where(admitted.reshape(*admitted.shape, 1, *more), moved, old)
+  def enter(old, new):  # old [B, H, C, W, ...], new [B, H, C or 1, ...]
+    new = jnp.broadcast_to(
+      new[:, :, :, None].astype(old.dtype), (*old.shape[:3], 1, *old.shape[4:])
+    )
+    later = jnp.concatenate([old[:, :, :, 1:], new], axis=3)
+    return jnp.where(_like(moves, old), later, old)
 
   state = RoutedState(
     enter(state.score, scores),
-    enter(state.key, key[:, :, None].astype(state.key.dtype)),
-    enter(state.value, value[:, :, None].astype(state.value.dtype)),
+    enter(state.key, key[:, :, None]),
+    enter(state.value, value[:, :, None]),
   )
   relative = None
   if relative_keys is not None and relative_values is not None:
@@ -60,6 +65,15 @@ def routed_attention_step(
     q, state.key, state.value, seen, rank == 0, rank, options, relative, None
   )[..., 0, :]  # [B, H, C, V]
   output = jnp.sum(jnp.where(admitted[..., None], output, 0), axis=2)
-  if options.membership != "causal_recent":
-    output /= (jnp.sum(admitted, axis=2) + options.combine_eps)[..., None]
+  if recent:
+    batch, heads = own.shape[:2]
+    where = (jnp.arange(batch)[:, None], jnp.arange(heads), own[..., 0])
+    state = (x.at[where].set(part[:, :, 0]) for x, part in zip(every, state, strict=True))
+    return output.astype(value.dtype), RoutedState(*state)
+  output /= (jnp.sum(admitted, axis=2) + options.combine_eps)[..., None]
   return output.astype(value.dtype), state
+
+
+def _like(x, other):
+  """With axes of 1 behind, as many as `other` has more."""
+  return x.reshape(*x.shape, *(1,) * (other.ndim - x.ndim))

@@ -8,11 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from ..segments import pad_length
 from .attend import Extras, attend_members
-from .members import gather, gather_own, nearest, top_members
+from .members import gather, gather_own, memberships, nearest, top_members
 from .options import Routing
 from .state import Tokens
 
 PREFIX_CHUNK = 64
+# Of the causal pairs of a cluster, (1 + 1 / n) / 2 of all are computed with n blocks.
+BLOCKS, SMALLEST_BLOCK = 8, 64
 
 
 def attend_clusters(
@@ -24,33 +26,48 @@ def attend_clusters(
 ) -> Float[Array, "B T H V"]:
   """Membership "official": `scores` of the queries, those of `tokens` of the keys.
 
-  Members are gathered once; logits exist for one cluster at a time, in both directions.
+  Members are gathered once; logits exist for one cluster and block of queries at a time.
   """
   o = options
-  members, others = (top_members(s, o.window_size) for s in (scores, tokens.scores))
+  members = others = top_members(scores, o.window_size)
+  together = tokens.scores is scores  # then slots are in the order of positions on both sides
+  if not together:
+    others = top_members(tokens.scores, o.window_size)
   seen = jnp.isfinite(gather_own(tokens.scores, others))
   if not o.zero_values_seen:
     seen &= gather(jnp.any(tokens.value != 0, axis=-1), others)
-  parts = (gather(query, members), gather(tokens.key, others), gather(tokens.value, others),
-           members, others, seen)  # fmt: skip
+  q = k = gather(query, members)
+  if tokens.key is not query or not together:
+    k = gather(tokens.key, others)
+  parts = (q, k, gather(tokens.value, others), members, others, seen)
   parts = tuple(jnp.moveaxis(x, 2, 0) for x in parts)  # [C, B, H, W, ...]
+  window = members.shape[-1]
+  blocks = min(BLOCKS, -(-window // SMALLEST_BLOCK)) if o.causal and together else 1
+  borders = [window * n // blocks for n in range(blocks + 1)]
 
   @jax.checkpoint
   def one(inputs):
-    (q, k, v, here, there, seen), memory = inputs
-    slot = jnp.arange(here.shape[-1])
-    rank = jnp.arange(there.shape[-1]) - slot[:, None]
-    pairs = seen[..., None, :]
-    if o.causal and o.mask == "position":
-      pairs &= there[..., None, :] <= here[..., None]
-    elif o.causal:
-      pairs &= rank <= 0
-    own = there[..., None, :] == here[..., None]
-    return attend_members(q, k, v, pairs, own, rank, o, extras.relative, memory)
+    parts, memory = inputs
+
+    def rows(first, last):
+      """What these slots see: all, or where slots are in order, those up to the last of them."""
+      stop = last if blocks > 1 else window
+      q, here = (x[:, :, first:last] for x in (parts[0], parts[3]))
+      k, v, there, seen = (x[:, :, :stop] for x in (parts[1], parts[2], *parts[4:]))
+      pairs = seen[..., None, :]
+      if o.causal and o.mask == "position":
+        pairs &= there[..., None, :] <= here[..., None]
+      elif o.causal:
+        pairs &= jnp.arange(stop) <= jnp.arange(first, last)[:, None]
+      own = there[..., None, :] == here[..., None]
+      return attend_members(q, k, v, pairs, own, first, o, extras.relative, memory)
+
+    outputs = [rows(*pair) for pair in zip(borders, borders[1:], strict=False)]
+    return jnp.concatenate(outputs, axis=2)
 
   outputs = jax.lax.map(one, (parts, extras.by_cluster()))
   outputs = jnp.moveaxis(outputs, 0, 2)  # [B, H, C, W, V] float32
-  real = jnp.isfinite(gather_own(scores, members)).astype(outputs.dtype)
+  real = jnp.isfinite(gather_own(scores, members))
   return _combine(outputs, members, real, query.shape[1], o).astype(tokens.value.dtype)
 
 
@@ -170,9 +187,8 @@ def _combine(outputs, members, real, length, options):
   batch, heads = members.shape[:2]
   rows = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
   where = (*rows, members.reshape(batch, heads, -1))
-  outputs = (outputs * real[..., None]).reshape(batch, heads, -1, outputs.shape[-1])
+  outputs = jnp.where(real[..., None], outputs, 0).reshape(batch, heads, -1, outputs.shape[-1])
   total = jnp.zeros((batch, heads, length, outputs.shape[-1]), outputs.dtype)
-  count = jnp.zeros((batch, heads, length), outputs.dtype)
   total = total.at[where].add(outputs)
-  count = count.at[where].add(real.reshape(batch, heads, -1))
+  count = memberships(members, real, length).astype(total.dtype)
   return (total / (count + options.combine_eps)[..., None]).swapaxes(1, 2)

@@ -1,0 +1,127 @@
+"""The routed mixer: the mixer protocol, who sees the future, devices, what training notes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnzoo.layers import RoutedMixer, RoutedMixerConfig
+from attnzoo.pallas_kernels import Routing
+from attnzoo_testing import mixers
+from attnzoo_testing.mixers import close
+
+RECENT = RoutedMixerConfig(
+  12, heads=4, routed_heads=2, head_dim=6, clusters=3, routing=Routing(3, scale=0.4),
+  block_size=2, positions="rotary", init=nnx.initializers.normal(0.5),
+)  # fmt: skip
+SHAW = dict(positions="shaw", max_distance=2)
+PREFIX = dataclasses.replace(RECENT, routing=Routing(3, "topk_prefix"), **SHAW)
+OFFICIAL = dataclasses.replace(RECENT, routing=Routing(3, "official"), **SHAW)
+
+
+def make(config, **kwargs):
+  return RoutedMixer(config, rngs=nnx.Rngs(0), **kwargs)
+
+
+def inputs(rows, length):
+  return jax.random.normal(jax.random.key(1), (rows, length, 12))
+
+
+@pytest.mark.parametrize("config", [RECENT, PREFIX], ids=["causal_recent", "topk_prefix"])
+def test_mixer_protocol(config):
+  mixers.check_protocol(make(config), inputs(rows=3, length=7), [1, 3, 4])
+
+
+def test_official_is_read_without_the_future_where_there_is_a_state():
+  x = inputs(rows=2, length=9)
+  mixer = make(OFFICIAL)
+  prefix = mixers.run(make(PREFIX), x)[0]
+  given, _ = mixers.run(mixer, x, state=mixer.init_state(2))
+  close(given, prefix)
+  assert np.abs(mixers.run(mixer, x)[0] - prefix).max() > 0.01
+
+
+@pytest.mark.parametrize(
+  ("config", "leaks"), [(RECENT, False), (PREFIX, False), (OFFICIAL, True)],
+  ids=["causal_recent", "topk_prefix", "official"],
+)  # fmt: skip
+def test_who_sees_the_future(config, leaks):
+  """Other tokens from the 12th on: the outputs before are the same bits, but for "official"."""
+  x, other = inputs(rows=2, length=24), jax.random.normal(jax.random.key(2), (2, 24, 12))
+  changed = jnp.where(jnp.arange(24)[:, None] < 12, x, other)
+  call = jax.jit(lambda x: make(config)(x)[0][:, :12])
+  assert np.array_equal(call(x), call(changed)) != leaks
+
+
+def test_over_devices():
+  mixers.check_sharded(make(RECENT), inputs(rows=4, length=12), 2, 2, 2, relative=2e-5)
+
+
+def test_notes_over_devices_are_those_of_one():
+  """Counts, sums and the commitment loss are of the whole batch, on any mesh."""
+  graph, variables = nnx.split(make(OFFICIAL))
+  x = inputs(rows=4, length=12)
+
+  def note(variables, x):
+    return nnx.merge(graph, variables).with_note(x)[2]
+
+  expected = jax.jit(note)(variables, x)
+  with jax.set_mesh(mixers.mesh_of(4, 1, 2)):
+    got = jax.jit(lambda *args: note(*args))(variables, x)
+  jax.tree.map(lambda a, b: close(a, b, 1e-6), got, expected)
+  assert expected.sums.count.sum() == 4 * 12 * 2
+
+
+def test_commitment_is_in_the_note_and_moves_the_queries():
+  mixer = make(RECENT)
+  x = inputs(rows=2, length=8)
+  graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+  loss = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest).with_note(x)[2].loss))
+  gradient = loss(params)
+  d = gradient.heads_in.kernel[...]  # [3, D, H, K]
+  assert np.any(d[0, :, :2])  # routed queries
+  assert not np.any(d[0, :, 2:])  # local ones
+  assert not np.any(d[1:])  # keys and values
+
+
+def test_local_and_routed_heads_alone():
+  x = inputs(rows=1, length=8)
+  local, routed = (make(dataclasses.replace(OFFICIAL, routed_heads=n)) for n in (0, 4))
+  notes = [jax.eval_shape(lambda x, m=mixer: m.with_note(x)[2], x) for mixer in (local, routed)]
+  assert notes[0] is None
+  assert notes[1].sums.count.shape == (4, 3)
+  assert local.init_state(1).routed is None
+  assert routed.init_state(1).local is None
+
+  @jax.jit
+  def both(x):
+    for mixer in (local, routed):
+      y, state = mixer(x, state=mixer.init_state(1))
+      x = x.at[:, 0].set(mixer.step(y[:, 0], state)[0])
+    return x
+
+  assert np.all(np.isfinite(both(x)))
+
+
+def test_state_does_not_grow():
+  mixer = make(RECENT, dtype=jnp.bfloat16)
+  sizes = [
+    sum(leaf.size for leaf in jax.tree.leaves(mixer.init_state(2, length))) for length in (8, 800)
+  ]
+  assert sizes[0] == sizes[1]
+  assert mixer.init_state(2).routed.key.dtype == jnp.bfloat16
+
+
+def test_bad_configurations_are_refused():
+  for change, message in (
+    (dict(routed_heads=5), "routed_heads must lie between 0 and heads .4.; got 5"),
+    (dict(positions="learned"), "positions must be one of"),
+    (dict(positions="shaw"), "positions must not be 'shaw' with membership 'causal_recent'"),
+    (dict(look_back=3), "look_back must be a multiple of block_size .2.; got 3"),
+    (dict(block_size=0), "block_size must be at least 1; got 0"),
+  ):
+    with pytest.raises(ValueError, match=f"RoutedMixerConfig: {message}"):
+      dataclasses.replace(RECENT, **change)
