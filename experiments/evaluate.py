@@ -13,7 +13,7 @@ from absl import flags
 
 from attnzoo.experiments import command_line
 from attnzoo.experiments.data import ExampleSet, check_tokenizer, load_data
-from attnzoo.experiments.training import config, loop, recall, runs, state
+from attnzoo.experiments.training import config, honesty, loop, recall, runs, state
 from attnzoo.experiments.training.evaluation import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
@@ -50,18 +50,29 @@ def main(_) -> None:
     check_tokenizer(run.tokenizer, corpus.tokenizer)
   loop.check_vocabulary(run.experiment, corpus)
   mesh = state.make_mesh(config.MeshConfig(), jax.devices()[:1])
-  result = evaluate(
-    jax.jit(state.make_eval_step(run.parts)),
-    run.params,
-    corpus,
-    data,
-    mesh,
-    split=_SPLIT.value,
-    max_tokens=_MAX_TOKENS.value,
-    overlap=_OVERLAP.value,
-  )
-  print(f"step {run.step}, {_SPLIT.value} of {corpus.name}: {result.describe()}")
+
+  def measure(parts):
+    return evaluate(
+      jax.jit(state.make_eval_step(parts)),
+      run.params,
+      corpus,
+      data,
+      mesh,
+      split=_SPLIT.value,
+      max_tokens=_MAX_TOKENS.value,
+      overlap=_OVERLAP.value,
+    )
+
+  result = measure(run.parts)
   record = dict(step=run.step, split=_SPLIT.value, **result._asdict())
+  what = f"step {run.step}, {_SPLIT.value} of {corpus.name}"
+  if honesty.leaks(run.experiment.model):
+    found = measure(honesty.honest_parts(run.experiment))
+    print(f"{what}, {honesty.HONEST}: {found.describe()}")
+    print(f"{what}, {honesty.LEAKY}: {result.describe()} (no likelihood: sees later tokens)")
+    record |= {honesty.HONEST: found._asdict(), honesty.LEAKY: result._asdict()}
+  else:
+    print(f"{what}: {result.describe()}")
   if isinstance(corpus, ExampleSet):
     found = recall.measure(run.parts, run.params, corpus, data, split=_SPLIT.value)
     print(f"recall, and by distance of the query from its key\n{found.describe()}")

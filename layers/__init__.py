@@ -7,11 +7,13 @@ from .block import Block
 from .centroids import Centroids, CentroidsConfig, ClusterSums
 from .decoder import DecoderLM, DecoderState, Notes
 from .embedders import FactoredEmbedding, ImageEmbedding
-from .feed_forward import FeedForward, GatedLinearUnit, Identity
+from .feed_forward import FeedForward, Gained, GatedLinearUnit, Identity
 from .lightning_mixer import LightningMixer, LightningMixerConfig, LightningState
 from .losses import LossSums, chunked_cross_entropy
-from .norms import LayerNorm, RMSNorm, SRMSNorm, srms_norm, standardise
+from .norms import LayerNorm, RMSNorm, ScaleNorm, SRMSNorm, srms_norm, standardise, unit
 from .notes import Note
+from .port_centroids import PortCentroids, lloyd
+from .port_routed_mixer import PortRoutedMixer, PortRoutedMixerConfig
 from .positions import LRPE, lrpe, rotary
 from .rat_mixer import RatMixer, RatMixerConfig
 from .recurrent_mixer import RecurrentMixer, RecurrentMixerConfig, RecurrentState
@@ -34,6 +36,7 @@ __all__ = [
   "DecoderState",
   "FactoredEmbedding",
   "FeedForward",
+  "Gained",
   "GatedLinearUnit",
   "Identity",
   "ImageEmbedding",
@@ -45,6 +48,9 @@ __all__ = [
   "LossSums",
   "Note",
   "Notes",
+  "PortCentroids",
+  "PortRoutedMixer",
+  "PortRoutedMixerConfig",
   "ProjectedConv",
   "RMSNorm",
   "RatMixer",
@@ -56,14 +62,17 @@ __all__ = [
   "RoutedMixerConfig",
   "RoutedMixerState",
   "SRMSNorm",
+  "ScaleNorm",
   "TaylorMixer",
   "TaylorMixerConfig",
   "TaylorState",
   "Tracked",
   "activation",
   "chunked_cross_entropy",
+  "lloyd",
   "lrpe",
   "rotary",
   "srms_norm",
   "standardise",
+  "unit",
 ]

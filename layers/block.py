@@ -68,14 +68,14 @@ class Block(nnx.Module):
     """The call, and what the mixer notes for training, if it does."""
     keys = split_key(dropout_key, 4)
     note = None
-    mixer, given = self.mixer, self._before(x, self.mixer_norm)
+    mixer, given = self.mixer, self.mixer_input(x)
     if hasattr(mixer, "with_note"):
       mixed, state, note = mixer.with_note(given, dropout_key=keys[0], **options)
     else:
       mixed, state = mixer(given, dropout_key=keys[0], **options)
     x = self._add(x, dropout(mixed, self.dropout, keys[1]), self.mixer_norm)
     x = constrain(x, "batch", "length", None)
-    mixed = self.feed_forward(self._before(x, self.feed_forward_norm), dropout_key=keys[2])
+    mixed = self.feed_forward(self._feed_forward_input(x), dropout_key=keys[2])
     x = self._add(x, dropout(mixed, self.dropout, keys[3]), self.feed_forward_norm)
     return constrain(x, "batch", "length", None), state, note
 
@@ -84,13 +84,17 @@ class Block(nnx.Module):
     self.mixer.absorb(sums)
 
   def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
-    mixed, state = self.mixer.step(self._before(x, self.mixer_norm), state)
+    mixed, state = self.mixer.step(self.mixer_input(x), state)
     x = self._add(x, mixed, self.mixer_norm)
-    mixed = self.feed_forward(self._before(x, self.feed_forward_norm))
+    mixed = self.feed_forward(self._feed_forward_input(x))
     return self._add(x, mixed, self.feed_forward_norm), state
 
-  def _before(self, x, norm):
-    return x if self.post_norm else norm(x)
+  def mixer_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """What the mixer is given of the block's input."""
+    return x if self.post_norm else self.mixer_norm(x)
+
+  def _feed_forward_input(self, x):
+    return x if self.post_norm else self.feed_forward_norm(x)
 
   def _add(self, x, y, norm):
     return norm(x + y) if self.post_norm else x + y

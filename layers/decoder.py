@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from .block import Block
 from .dropout import split_key
+from .embedders import FactoredEmbedding
 from .losses import LossSums, chunked_cross_entropy
 from .partitioning import constrain, logical
 from .positions import LearnedPositions, position_after, positions_from
@@ -51,8 +52,8 @@ class DecoderLM(nnx.Module):
   at positions past the last one activations are NaN.
 
   An `embedder`, a module (tokens, positions, dropout_key=...) -> [.., features], takes the place of
-  the table; the head then is one of its own. `head_features` is the width behind `final_norm`, if
-  that changes it.
+  the table; the head then is one of its own, or the table of a `FactoredEmbedding`. `head_features`
+  is the width behind `final_norm`, if that changes it.
   """
 
   def __init__(
@@ -95,8 +96,8 @@ class DecoderLM(nnx.Module):
       if pad_id is not None:
         table = table.at[pad_id].set(0)
       self.embedding = self._table(table)
-    elif tied_head:
-      raise ValueError("DecoderLM: tied_head must be False with an embedder; got True")
+    elif tied_head and not isinstance(embedder, FactoredEmbedding):
+      raise ValueError("DecoderLM: tied_head must be False with this embedder; got True")
     count = learned_positions
     self.positions = None if count is None else LearnedPositions(count, features, **more)
     shape = (vocab_size, features if head_features is None else head_features)
@@ -125,6 +126,15 @@ class DecoderLM(nnx.Module):
       for index in range(_depth(group[0])):
         for graph, variables in parts:
           found.append(nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], variables)))
+    return found
+
+  def mixer_inputs(self, tokens: Int[Array, "B T"]) -> list[tuple[Any, Float[Array, "B T D"]]]:
+    """(mixer, what it is given) of each layer: for looking into a model."""
+    positions = positions_from(tokens.shape[1], None)
+    x, found = self._embed(tokens, positions, None), []
+    for block in self.layers():
+      found.append((block.mixer, block.mixer_input(x)))
+      x, _ = block(x)
     return found
 
   def hidden(
@@ -285,7 +295,9 @@ class DecoderLM(nnx.Module):
     return nnx.Param(values, **logical("vocab", "embed"))
 
   def _head(self):
-    return (self.embedding if self.head is None else self.head)[...]
+    if self.head is not None:
+      return self.head[...]
+    return (self.embedding if self.embedder is None else self.embedder.table)[...]
 
   def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """float32 logits of activations after the final norm."""

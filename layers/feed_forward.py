@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .activations import activation
 from .dropout import dropout
-from .partitioning import constrain
+from .partitioning import constrain, logical
 from .projections import dense
 
 
@@ -90,3 +90,17 @@ class Identity(nnx.Module):
   ) -> Float[Array, "*B D"]:
     del dropout_key
     return x
+
+
+class Gained(nnx.Module):
+  """g f(x) with one learned number g, at first 0: a channel mixer under ReZero."""
+
+  def __init__(self, inner: nnx.Module, *, param_dtype: DTypeLike = jnp.float32):
+    self.inner = inner
+    self.gain = nnx.Param(jnp.zeros((1,), param_dtype), **logical(None))
+
+  def __call__(
+    self, x: Float[Array, "*B D"], *, dropout_key: jax.Array | None = None
+  ) -> Float[Array, "*B D"]:
+    y = self.inner(x, dropout_key=dropout_key)
+    return y * self.gain[...].astype(y.dtype)

@@ -1,4 +1,5 @@
-"""Normalisations. All compute in float32 (or wider) and return the dtype of their input."""
+"""Normalisations. All compute in float32 (or wider); all but `unit` return the dtype of their
+input."""
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,13 @@ def standardise(x: Float[Array, "..."], eps: float = 1e-6) -> Float[Array, "..."
   centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
   variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
   return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def unit(x: Float[Array, "*B K"], eps: float = 1e-12) -> Float[Array, "*B K"]:
+  """x / max(|x|, eps) over the last axis, in float32 (or wider), which is what it returns."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  # Below the root, so that the gradient at 0 is a number.
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), eps**2))
 
 
 class SRMSNorm(nnx.Module):
@@ -60,6 +68,17 @@ class LayerNorm(nnx.Module):
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     normed = standardise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.eps)
     return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class ScaleNorm(nnx.Module):
+  """g x / max(|x|, eps) with one learned number g."""
+
+  def __init__(self, *, eps: float = 1e-5, param_dtype=jnp.float32):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones((1,), param_dtype), **logical(None))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return (unit(x, self.eps) * self.scale[...]).astype(x.dtype)
 
 
 def make_norm(name: str, features: int, *, eps: float, param_dtype=jnp.float32) -> nnx.Module:

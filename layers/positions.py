@@ -85,14 +85,15 @@ def rotary(
   *,
   fraction: float = 1.0,
   base: float = 10000.0,
+  neighbours: bool = False,
 ) -> Float[Array, "B T H K"]:
   """Turns pairs of channels by angles t base^(-2 i / n), so that scores depend on distances alone.
 
   Of each head's K channels the first n = int(fraction K) are turned: channel i together with
-  channel i + n/2 (halves, not neighbours), to (x1 cos - x2 sin, x2 cos + x1 sin). An odd n is a
-  case of its own: (n + 1)/2 pairs, n + 1 channels, exponents still over n, which is what trained
-  the released 1.3B baseline (70 channels, half of them). Angles are float32 (or wider).
-  Paper: RoFormer (2021).
+  channel i + n/2, or 2 i with its `neighbours` 2 i + 1, to (x1 cos - x2 sin, x2 cos + x1 sin).
+  An odd n is a case of its own: (n + 1)/2 pairs, n + 1 channels, exponents still over n, which is
+  what trained the released 1.3B baseline (70 channels, half of them). Angles are float32 (or
+  wider). Paper: RoFormer (2021).
   """
   head_dim = x.shape[-1]
   turned = 2 * rotary_pairs(head_dim, fraction)
@@ -101,8 +102,17 @@ def rotary(
   wide = jnp.promote_types(x.dtype, jnp.float32)
   # Tables [B, T, 1, pairs]: all heads turn alike.
   tables = rotary_tables(positions[..., None], int(fraction * head_dim), base, wide)
-  first = rotate(x[..., :turned], tables)
+  first = x[..., :turned]
+  if neighbours:
+    first = _regrouped(rotate(_regrouped(first, 2), tables), turned // 2)
+  else:
+    first = rotate(first, tables)
   return jnp.concatenate([first, x[..., turned:]], axis=-1)
+
+
+def _regrouped(x, size):
+  """Channels [n / size, size] as [size, n / size]: neighbours to halves with 2, back with n / 2."""
+  return x.reshape(*x.shape[:-1], -1, size).swapaxes(-1, -2).reshape(x.shape)
 
 
 def positions_from(length: int, start: Int[Array, " B"] | None) -> Int[Array, "#B T"]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..pallas_kernels import (
   RoutedState,
@@ -22,6 +22,7 @@ from ..pallas_kernels import (
   routed_attention_step,
   sharded_routed_attention,
 )
+from ..pallas_kernels.routed_attention.members import top_members
 from .centroids import Centroids, CentroidsConfig
 from .norms import standardise
 from .notes import Note
@@ -178,6 +179,16 @@ class RoutedMixer(nnx.Module):
       return y, state, None
     distance, sums = self.centroids.spread(*routed)
     return y, state, Note(2 * self.config.commitment * distance, sums)
+
+  def clusters_of(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T H C"]:
+    """Which clusters of its routed heads each token belongs to, in a pass over the whole row."""
+    query = self._project(x)[0][:, :, : self.config.routed_heads]
+    near = self.centroids.scores(self._standardised(query))
+    if self.config.routing.membership == "causal_recent":
+      return jnp.argmax(near, -1)[..., None] == jnp.arange(near.shape[-1])
+    members = top_members(near, self.config.routing.window_size)  # [B, H, C, W]
+    token = jnp.arange(x.shape[1])[:, None]
+    return jnp.any(members[..., None, :] == token, axis=-1).transpose(0, 3, 1, 2)
 
   def absorb(self, sums: Any) -> None:
     """Moves the centroids by the sums of a whole batch's notes."""

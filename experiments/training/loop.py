@@ -20,7 +20,15 @@ from attnzoo.experiments.data import (
   load_data,
   train_batches,
 )
-from attnzoo.experiments.training import checkpoints, config, hosts, reports, runs, state
+from attnzoo.experiments.training import (
+  checkpoints,
+  config,
+  honesty,
+  hosts,
+  reports,
+  runs,
+  state,
+)
 from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
 from attnzoo.zoo import models
 
@@ -52,6 +60,7 @@ class Outcome(NamedTuple):
   run: Run
   state: state.TrainState
   evaluation: Evaluation | None  # of all validation text; None if a SIGTERM stopped the run early
+  honest: Evaluation | None = None  # where that one lets the future through: without it
 
 
 def train(
@@ -139,11 +148,16 @@ def _run(run: Run, current: state.TrainState) -> Outcome:
       current, evaluation = _steps(run, current, metrics, progress, stop)
       if evaluation is not None and run.experiment.train.eval_tokens:
         evaluation = _evaluate(run, current, max_tokens=0)  # at the end of everything
+      found = None
+      if evaluation is not None and honesty.leaks(run.experiment.model):
+        parts = honesty.honest_parts(run.experiment)
+        other = run._replace(eval_step=jax.jit(state.make_eval_step(parts)))
+        found = _evaluate(other, current, max_tokens=0)
   finally:
     progress.close()
     metrics.close()
     run.saved.wait()
-  return Outcome(run, current, evaluation)
+  return Outcome(run, current, evaluation, found)
 
 
 def _steps(run: Run, current: state.TrainState, metrics, progress, stop: Callable[[int], bool]):
@@ -173,7 +187,8 @@ def _steps(run: Run, current: state.TrainState, metrics, progress, stop: Callabl
     evaluation = _evaluate(run, current, train.eval_tokens) if assess else None
     if evaluation is not None:
       metrics.write(step, evaluation.metrics())
-      progress.say(f"step {step}/{run.last_step}  validation  {evaluation.describe()}")
+      what = honesty.LEAKY if honesty.leaks(run.experiment.model) else "validation"
+      progress.say(f"step {step}/{run.last_step}  {what}  {evaluation.describe()}")
     if save:
       _check_worth_saving(run, step, current, evaluation)
       loss = None if evaluation is None else evaluation.loss

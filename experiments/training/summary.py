@@ -2,16 +2,29 @@
 
 import json
 import math
+import pathlib
+
+import numpy as np
 
 from attnzoo.experiments import baselines
-from attnzoo.experiments.data import DataConfig, DataError, ExampleSet, PairSet, read_text
+from attnzoo.experiments.data import (
+  DataConfig,
+  DataError,
+  ExampleSet,
+  ImageSet,
+  PairSet,
+  read_text,
+)
 from attnzoo.experiments.generation import Sampling, generate
-from attnzoo.experiments.training import recall, reports, state
+from attnzoo.experiments.image_grid import write_grid
+from attnzoo.experiments.training import honesty, recall, reports, state
 from attnzoo.experiments.training.evaluation import Evaluation
 from attnzoo.experiments.training.loop import Outcome, Run
 
 BASELINES_FILE = "baselines.json"
 RESULT_FILE = "result.json"
+SAMPLES_FILE = "samples.png"
+SAMPLES = 32
 
 
 def finish(outcome: Outcome) -> None:
@@ -28,8 +41,10 @@ def finish(outcome: Outcome) -> None:
       marks = _baselines(run)
     except DataError as error:  # token files have no text; the run is complete all the same
       print(f"no baselines: {error}")
-  print(_table(evaluation, marks))
+  print(_table(evaluation, outcome.honest, marks))
   record = dict(step=int(outcome.state.step), **evaluation._asdict(), baselines=marks)
+  if outcome.honest is not None:
+    record |= {honesty.LEAKY: evaluation._asdict(), honesty.HONEST: outcome.honest._asdict()}
   # Parts of the parameters lie with other processes: those have no part in this.
   here = all(x.is_fully_addressable for x in outcome.state.params.values())
   if isinstance(run.corpus, ExampleSet) and here:
@@ -42,14 +57,19 @@ def finish(outcome: Outcome) -> None:
   curves = reports.draw_curves(run.workdir, {n: v * to_target_bits for n, v in marks.items()})
   if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None and here:
     print(f"\nsample:\n{_sample(outcome)}\n")
+  if run.experiment.train.sample_tokens and isinstance(run.corpus, ImageSet) and here:
+    print(f"samples {_draw(outcome)}")
   print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
   print(f"checkpoints {run.workdir / 'checkpoints'}")
 
 
-def _table(evaluation: Evaluation, marks: dict[str, float]) -> str:
+def _table(evaluation: Evaluation, honest: Evaluation | None, marks: dict[str, float]) -> str:
+  found = {"this model": evaluation}
+  if honest is not None:
+    found = {f"this model, {honesty.HONEST}": honest, f"... {honesty.LEAKY}": evaluation}
   if evaluation.bits_per_byte is None:
-    return f"validation  {evaluation.describe()}"
-  figures = {**marks, "this model": evaluation.bits_per_byte}
+    return "\n".join(f"{name}, validation  {one.describe()}" for name, one in found.items())
+  figures = marks | {name: one.bits_per_byte for name, one in found.items()}
   width = max(map(len, figures))
   rows = [f"  {name:<{width}}  {value:6.3f}" for name, value in figures.items()]
   return "\n".join(["", "bits per byte of the validation text", *rows])
@@ -87,3 +107,14 @@ def _sample(outcome: Outcome) -> str:
     end_id=tokenizer.end_id,
   )
   return tokenizer.decode([*prompt, *(int(token[0]) for token in tokens)])
+
+
+def _draw(outcome: Outcome) -> pathlib.Path:
+  """Pictures from nothing, beside as many of the training split."""
+  run, images = outcome.run, outcome.run.corpus
+  model = state.merge(run.parts, outcome.state.params)
+  drawn = generate(model, [[0]] * SAMPLES, max_new_tokens=images.dims, sampling=Sampling())
+  pictures = images.as_images(np.stack([np.asarray(token) for token in drawn], axis=1))
+  real = images.as_images(images.splits["train"][np.arange(SAMPLES)])
+  both = np.concatenate([pictures, real])
+  return write_grid(run.workdir / SAMPLES_FILE, both, levels=images.vocab_size, columns=8)

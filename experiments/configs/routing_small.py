@@ -1,0 +1,36 @@
+"""A small Routing Transformer on the source text of the Python standard library, byte by byte.
+
+Command   python -m attnzoo.experiments.train --config=routing_small
+          --config=routing_small:routing-tiny-local for the same with local attention alone
+Paper     Efficient Content-Based Sparse Attention with Routing Transformers (2021), at toy size and
+          with membership "causal_recent", which does not leak; no published figure to compare with.
+          --config.model.membership=official trains as published: look at `xent_prefix` then, not at
+          `xent_teacher_forced_leaky`
+Expected  not measured here yet
+Hardware  2 CPU cores, minutes
+"""
+
+from attnzoo import zoo
+from attnzoo.experiments.data import DataConfig
+from attnzoo.experiments.training import config
+
+
+def get_config(preset: str = "routing-tiny"):
+  return config.to_config_dict(
+    config.Experiment(
+      model=zoo.get_config(preset, loss_chunk=512),
+      data=DataConfig(source="stdlib", sequence_length=512, batch_size=8),
+      optimizer=config.OptimizerConfig(
+        name="muon", learning_rate=4e-3, schedule="linear", warmup_steps=50
+      ),
+      train=config.TrainConfig(
+        steps=500,
+        log_every=10,
+        eval_every=100,
+        eval_tokens=65_536,
+        checkpoint_every=100,
+        sample_tokens=400,
+        baselines=True,
+      ),
+    )
+  )
