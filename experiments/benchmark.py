@@ -160,7 +160,8 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
         arguments = (
           session.operator.step_inputs(inputs, **static) if pass_name == "step" else inputs
         )
-        run = peer.prepare(arguments, cotangent, pass_name, session.platform)
+        own = {name: static[name] for name in peer.options}
+        run = peer.prepare(arguments, cotangent, pass_name, session.platform, **own)
         run()  # fills caches
         candidates[peer.name] = run
       else:
@@ -247,7 +248,9 @@ def measure_errors(session, case, pass_name, candidates) -> dict[str, tuple]:
     if by in peers:
       arguments = operator.step_inputs(inputs, **static) if pass_name == "step" else inputs
       cotangent = random_cotangents(operator, inputs, static)
-      got = to_numpy(peers[by].prepare(arguments, cotangent, pass_name, session.platform)())
+      own = {name: static[name] for name in peers[by].options}
+      run = peers[by].prepare(arguments, cotangent, pass_name, session.platform, **own)
+      got = to_numpy(run())
     else:
       got = own_results(session, inputs, static, pass_name, by)
     error, name = operators.largest_error(got, exact)

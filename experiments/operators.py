@@ -14,6 +14,7 @@ from attnzoo.pallas_kernels import (
   lightning_attention,
   lightning_attention_step,
   rat_attention_step,
+  routed_attention_step,
   sliding_window_attention_step,
   softplus_attention_step,
   taylor_attention,
@@ -24,6 +25,8 @@ from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
 from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
 from attnzoo.pallas_kernels.rat_attention import RatState
 from attnzoo.pallas_kernels.rat_attention import cases as rat_cases
+from attnzoo.pallas_kernels.routed_attention import RoutedState
+from attnzoo.pallas_kernels.routed_attention import cases as routed_cases
 from attnzoo.pallas_kernels.sliding_window_attention import WindowState
 from attnzoo.pallas_kernels.sliding_window_attention import cases as window_cases
 from attnzoo.pallas_kernels.sliding_window_attention.xla import DEFAULT_CHUNK as WINDOW_CHUNK
@@ -153,6 +156,25 @@ def _rat_step_cost(case, dtype):
   return channels * heads * (4 * seen + 12), channels * traffic
 
 
+def _routed_step_inputs(inputs, options):
+  """The first token of each row, and full lists."""
+  query, value, scores = (inputs[name][:, 0] for name in ("query", "value", "scores"))
+  key = inputs["key"][:, 0] if "key" in inputs else query
+  rng = np.random.default_rng(7)
+  shape = (*scores.shape, options.window_size)  # [B, H, C, w]
+  lists = [rng.standard_normal((*shape, x.shape[-1])).astype(x.dtype) for x in (key, value)]
+  return query, key, value, scores, RoutedState(rng.random(shape, np.float32), *lists)
+
+
+def _routed_step_cost(case, dtype):
+  """Every list is looked at, with "causal_recent" one per head."""
+  size = case.sizes
+  recent = routed_cases.static_options(case)["options"].membership == "causal_recent"
+  lists = size["batch"] * size["heads"] * (1 if recent else size["clusters"])
+  dims, members = size["key_dim"] + size["value_dim"], lists * size["window"]
+  return 2 * members * dims, members * (dims * np.dtype(dtype).itemsize + 4)
+
+
 OPERATORS = {
   operator.name: operator
   for operator in (
@@ -229,6 +251,17 @@ OPERATORS = {
         peers.PALLAS_SOFTMAX,
       ),
     ),
+    Operator(
+      name="routed_attention",
+      function=routed_cases.operator,
+      results=routed_cases.RESULTS,
+      cases=routed_cases,
+      chunk_size=1,
+      step=routed_attention_step,
+      step_inputs=_routed_step_inputs,
+      step_cost=_routed_step_cost,
+      peers=(peers.TORCH_ROUTED, peers.TORCH_SOFTMAX, peers.CUDNN_SOFTMAX),
+    ),
   )
 }
 
@@ -292,6 +325,8 @@ def oracle_case(case: Case) -> tuple[Case, str]:
   length = min(case.sizes["length"], ORACLE_LENGTH)
   cut = {name: 1 if name.endswith("heads") else size for name, size in case.sizes.items()}
   cut |= dict(batch=1, length=length)
+  if "clusters" in cut:  # as full as they were
+    cut["clusters"] = max(1, case.sizes["clusters"] * length // case.sizes["length"])
   words = ", ".join(f"{n} {cut[n]} of {case.sizes[n]}" for n in cut if cut[n] != case.sizes[n])
   return dataclasses.replace(case, sizes=cut), words or "all of it"
 

@@ -297,7 +297,9 @@ class DecoderLM(nnx.Module):
   def _head(self):
     if self.head is not None:
       return self.head[...]
-    return (self.embedding if self.embedder is None else self.embedder.table)[...]
+    if isinstance(self.embedder, FactoredEmbedding):
+      return self.embedder.table[...]
+    return self.embedding[...]
 
   def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """float32 logits of activations after the final norm."""

@@ -24,6 +24,7 @@ from ..pallas_kernels import (
 )
 from ..pallas_kernels.routed_attention.members import top_members
 from .centroids import Centroids, CentroidsConfig
+from .dropout import split_key
 from .norms import standardise
 from .notes import Note
 from .partitioning import constrain, logical, operator_axes
@@ -57,6 +58,7 @@ class RoutedMixerConfig:
   max_distance: int = 513  # of the tables of "shaw"
   rotary_base: float = 10000.0
   head_mix: bool = True  # one more matrix [K, K] behind the heads, the same for all
+  attention_dropout: float = 0.0  # of the weights of both kinds of heads
   commitment: float = 1e-4  # weight of the distance to the centroids in the loss
   centroid_decay: float = 0.999
   counts: str = "per_head"  # see `CentroidsConfig`
@@ -77,6 +79,10 @@ class RoutedMixerConfig:
       self._refuse("block_size", "be at least 1", "tokens of a block")
     if self.look_back is not None and (self.look_back < 0 or self.look_back % self.block_size):
       self._refuse("look_back", f"be a multiple of block_size ({self.block_size})", "whole blocks")
+    if not 0 <= self.attention_dropout < 1:
+      self._refuse("attention_dropout", "lie in [0, 1)", "a probability")
+    if self.attention_dropout and self.routed_heads and self.routing.membership != "official":
+      self._refuse("attention_dropout", "be 0 but with membership 'official'", "drop elsewhere")
     if self.shaw_routed and self.routing.membership == "causal_recent":
       self._refuse("positions", "not be 'shaw' with membership 'causal_recent'", "use 'rotary'")
     if self.routed_heads:
@@ -165,15 +171,13 @@ class RoutedMixer(nnx.Module):
     dropout_key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], RoutedMixerState]:
     """Mixes a whole sequence; see the mixer protocol in WORKSPACE.md."""
-    del dropout_key  # nothing here is random
-    return self._mix(x, segment_ids, positions, lengths, state)[:2]
+    return self._mix(x, segment_ids, positions, lengths, state, dropout_key)[:2]
 
   def with_note(
     self, x: Float[Array, "B T D"], **options
   ) -> tuple[Float[Array, "B T D"], RoutedMixerState, Note | None]:
     """The call, and what training needs beside it; None without routed heads."""
-    options.pop("dropout_key", None)
-    names = ("segment_ids", "positions", "lengths", "state")
+    names = ("segment_ids", "positions", "lengths", "state", "dropout_key")
     y, state, routed = self._mix(x, *map(options.get, names))
     if self.centroids is None:
       return y, state, None
@@ -221,7 +225,7 @@ class RoutedMixer(nnx.Module):
     state = RoutedMixerState(routed, local, state.position + 1)
     return self._out(jnp.concatenate(parts, axis=-2)), state
 
-  def _mix(self, x, segment_ids, positions, lengths, state):
+  def _mix(self, x, segment_ids, positions, lengths, state, dropout_key):
     """(output, state, (standardised queries, their scores))."""
     c = self.config
     batch, length, _ = x.shape
@@ -231,12 +235,13 @@ class RoutedMixer(nnx.Module):
     split, parts, note = c.routed_heads, [], None
     routed = local = None
     documents = dict(segment_ids=segment_ids, lengths=lengths)
+    routed_drop, local_drop = self._drops(dropout_key)
     if split:
       q = self._standardised(query[:, :, :split])
       near = self.centroids.scores(q)
       note = q, near
       q = self._turn(q.astype(self.dtype), positions)
-      axes = operator_axes()
+      axes = None if routed_drop else operator_axes()  # with dropout the compiler splits it
       function = routed_attention if axes is None else sharded_routed_attention
       output, routed = function(
         q, q, value[:, :, :split], near,
@@ -245,6 +250,7 @@ class RoutedMixer(nnx.Module):
         implementation=c.implementation,
         **documents,
         **self._tables("routed"),
+        **routed_drop,
         **(axes or {}),
 
       )  # fmt: skip
@@ -261,6 +267,7 @@ class RoutedMixer(nnx.Module):
         initial_state=None if state is None else state.local,
         **documents,
         **self._blocks(),
+        **local_drop,
         **self._tables("local"),
       )  # fmt: skip
       parts.append(output)
@@ -290,6 +297,12 @@ class RoutedMixer(nnx.Module):
     return dataclasses.replace(
       routing, membership="topk_prefix", mask="position", zero_values_seen=True
     )
+
+  def _drops(self, key):
+    """Options of the two operators."""
+    rate = self.config.attention_dropout
+    keys = split_key(key if rate else None, 2)
+    return [{} if key is None else dict(dropout_rate=rate, dropout_key=key) for key in keys]
 
   def _turn(self, x, positions):
     if self.config.positions != "rotary":

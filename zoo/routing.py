@@ -129,6 +129,7 @@ class RoutingConfig:
       max_distance=self.max_distance,
       rotary_base=self.rotary_base,
       head_mix=self.head_mix,
+      attention_dropout=self.attention_dropout,
       commitment=self.commitment,
       centroid_decay=self.centroid_decay,
       counts=self.counts,

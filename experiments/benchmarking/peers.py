@@ -16,7 +16,8 @@ class Peer:
   `prepare(inputs, cotangent, pass_name, device)` returns a function that runs the pass once, waits
   for the device and returns {"output": array, "d_query": array, ...}. `same_function` is False for
   softmax attention: it is timed on the same arrays and its error is not comparable. `scratch` is
-  the number of [length, length] buffers per row and head that a pass holds at once.
+  the number of [length, length] buffers per row and head that a pass holds at once. `options` are
+  the static options of a case that `prepare` takes as keywords.
   """
 
   name: str
@@ -28,6 +29,7 @@ class Peer:
   prepare: Callable
   scratch: Mapping[str, int] = dataclasses.field(default_factory=dict)
   dtypes: tuple[str, ...] = ("float32", "bfloat16")
+  options: tuple[str, ...] = ()
 
   def obstacle(self, platform: str, pass_name: str, dtype: str) -> str | None:
     """Why it cannot run at all, or None."""
@@ -59,10 +61,13 @@ def _torch_tensors(inputs, device, dtype=None):
 
 
 def _torch_pass(function, tensors, cotangent, pass_name, device):
-  """Runs `function(query, key, value)`, torch layout as it likes, with or without the backward."""
+  """Runs `function(query, key, value)`, torch layout as it likes, with or without the backward.
+
+  Without a key where the queries are the keys.
+  """
   import torch
 
-  leaves = {name: tensors[name] for name in ("query", "key", "value")}
+  leaves = {name: tensors[name] for name in ("query", "key", "value") if name in tensors}
   backward = pass_name == "forward_backward"
   for leaf in leaves.values():
     leaf.requires_grad_(backward)
@@ -143,6 +148,73 @@ def _torch_taylor(inputs, cotangent, pass_name, device):
   return _torch_pass(formula, tensors, do, pass_name, device)
 
 
+def _torch_routed(inputs, cotangent, pass_name, device, options):
+  """Routed attention of queries that are the keys, as a PyTorch user would write it."""
+  tensors = _torch_tensors(inputs, device)
+  (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+  scores = tensors["scores"].float().transpose(1, 2)  # [B, H, T, C]
+  attend = _torch_recent if options.membership == "causal_recent" else _torch_clusters
+
+  def formula(query, value):
+    x, v = (x.transpose(1, 2) for x in (query, value))
+    return attend(x, v, scores, options).transpose(1, 2)
+
+  return _torch_pass(formula, tensors, do, pass_name, device)
+
+
+def _torch_clusters(x, v, scores, options):
+  """The members of every cluster are gathered, attended over and added up. All [B, H, T, .]."""
+  import torch
+
+  batch, heads, length, clusters = scores.shape
+  window = min(options.window_size, length)
+  members = scores.transpose(2, 3).topk(window).indices.sort(-1).values.flatten(2)  # [B, H, C W]
+
+  def rows(x):
+    return x.gather(2, members[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(
+      2, (-1, window)
+    )
+
+  q, v = rows(x), rows(v)
+  future = torch.ones(window, window, dtype=torch.bool, device=x.device).triu(1)
+  logits = (options.scale * q @ q.transpose(-1, -2)).masked_fill(future, -torch.inf)
+  output = (logits.softmax(-1) @ v).flatten(2, 3)  # [B, H, C W, V]
+  total = output.new_zeros(batch, heads, length, v.shape[-1])
+  total = total.scatter_add(2, members[..., None].expand_as(output), output)
+  count = output.new_zeros(batch, heads, length)
+  count = count.scatter_add(2, members, torch.ones_like(members, dtype=count.dtype))
+  return total / (count + options.combine_eps)[..., None]
+
+
+def _torch_recent(x, v, scores, options):
+  """Tokens sorted by centroid, blocks of w queries with 2 w keys. All [B, H, T, .]."""
+  import torch
+
+  length, window = x.shape[2], options.window_size
+  own = scores.argmax(-1)
+  order = own.sort(dim=-1, stable=True).indices  # [B, H, T]
+  short, place = -length % window, torch.arange(window, device=x.device)
+
+  def blocks(x, padding):  # [B, H, T, .] -> [B, H, N, W, .]
+    x = x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+    x = torch.nn.functional.pad(x, (0, 0, 0, short), value=padding)
+    return x.unflatten(2, (-1, window))
+
+  def with_previous(x, padding):  # [B, H, N, 2 W, .]
+    previous = torch.nn.functional.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0), value=padding)
+    return torch.cat([previous, x], 3)
+
+  q, labels = blocks(x, 0.0), blocks(own[..., None], -1)
+  k, v = with_previous(q, 0.0), with_previous(blocks(v, 0.0), 0.0)
+  distance = place[:, None] + window - torch.arange(2 * window, device=x.device)
+  seen = (distance >= 0) & (distance < window)
+  seen = seen & (labels == with_previous(labels, -2).transpose(-1, -2))
+  logits = (options.scale * q @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+  output = (logits.softmax(-1) @ v).flatten(2, 3)[:, :, :length]
+  back = order.argsort(-1)[..., None].expand_as(output)
+  return output.gather(2, back)
+
+
 def _softmax_inputs(inputs):
   """Query and key as wide as the values and of as many heads: what softmax attention of the same
   model would have. [..., H, K]; head h has the query and key of group h mod their number.
@@ -154,7 +226,8 @@ def _softmax_inputs(inputs):
     groups = max(1, heads // x.shape[-2])
     return np.concatenate([np.concatenate([x] * groups, -2)] * copies, -1)[..., :width]
 
-  return {name: widened(inputs[name]) for name in ("query", "key", "value")}
+  shared = dict(key=inputs["query"]) | inputs  # where no keys are given, the queries are the keys
+  return {name: widened(shared[name]) for name in ("query", "key", "value")}
 
 
 def _torch_softmax(inputs, cotangent, pass_name, device):
@@ -285,6 +358,10 @@ TORCH_SOFTMAX_AND_STEP = dataclasses.replace(TORCH_SOFTMAX, passes=(*_WHOLE, "st
 TORCH_TAYLOR = Peer(
   "torch quadratic formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=True,
   prepare=_torch_taylor, scratch=dict(forward=4, forward_backward=7),
+)  # fmt: skip
+TORCH_ROUTED = Peer(
+  "torch routed formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=False,
+  prepare=_torch_routed, options=("options",),
 )  # fmt: skip
 FLA_FUSED_CHUNK_BASED = Peer(
   "fla fused_chunk_based", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=False,

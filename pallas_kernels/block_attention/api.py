@@ -1,9 +1,11 @@
 """The public function: checks, and what the state has in front of the tokens."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import checks
+from ..routed_attention.attend import Drop
 from ..segments import count_seen, run_index, zero_padding
 from ..sliding_window_attention.history import extend
 from ..sliding_window_attention.window import WindowState, oldest_first, window_after
@@ -32,6 +34,8 @@ def block_attention(
   segment_ids: Int[Array, "B T"] | None = None,
   lengths: Int[Array, " B"] | None = None,
   initial_state: WindowState | None = None,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
 ) -> tuple[Float[Array, "B T H V"], WindowState]:
   """Softmax attention to the own block of `block_size` tokens and `look_back` tokens before it.
 
@@ -56,6 +60,7 @@ def block_attention(
     lengths: int [B]. Tokens at or past a row's length are padding: seen by nobody, output 0.
     initial_state: `WindowState` with left = `block_window(...)` of the tokens before; only where
       causal, and not with `key_seen`.
+    dropout_rate, dropout_key: with a key, weights are dropped with this probability.
 
   Returns:
     (output [B, T, H, V] in the dtype of `value`, final `WindowState`). Queries that see no key have
@@ -88,6 +93,7 @@ def block_attention(
     causal=causal,
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
     relative=None if relative_keys is None else (relative_keys, relative_values),
+    drop=Drop(dropout_rate, dropout_key) if dropout_rate and dropout_key is not None else None,
   )  # fmt: skip
   return zero_padding(output, lengths), window_after(tokens, segments, lengths, count, left)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..routed_attention.attend import attend_members
+from ..routed_attention.attend import Drop, attend_members
 from ..routed_attention.options import Routing
 from ..segments import pad_length
 from ..sliding_window_attention.history import Tokens
@@ -21,6 +21,7 @@ def attend_blocks(
   causal: bool,
   scale: float,
   relative: tuple[jax.Array, jax.Array] | None,
+  drop: Drop | None = None,
 ) -> Float[Array, "B T H V"]:
   """Blocks of queries one after the other, each with its slab of keys, recomputed in the backward.
 
@@ -51,21 +52,25 @@ def attend_blocks(
     place = jnp.arange(length)[None] % size
   seen = jnp.ones((1, total, 1), bool) if key_seen is None else key_seen
   inputs = (cut(query), slabs(tokens.key), slabs(tokens.value), slabs(documents, -2),
-            slabs(seen, False), cut(documents[:, stored:]), cut(place))  # fmt: skip
+            slabs(seen, False), cut(documents[:, stored:]), cut(place),
+            None if drop is None else jax.random.split(drop.key, blocks))  # fmt: skip
   width = (back + ahead + 1) * size
   distance = jnp.arange(width) - back * size - jnp.arange(size)[:, None]  # key - query, [b, W]
   options = Routing(1, "official", scale=scale)
 
   @jax.checkpoint
   def block(inputs):
-    q, k, v, key_documents, seen, own_documents, place = inputs
+    q, k, v, key_documents, seen, own_documents, place, key = inputs
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, b or W, K]
     pairs = own_documents[..., None] == key_documents[:, None]  # [B, b, W]
     pairs &= distance >= -(place[..., None] + look_back)
     if causal:
       pairs &= distance <= 0
     pairs = pairs[:, None] & seen.swapaxes(1, 2)[:, :, None]  # [B, H, b, W]
-    output = attend_members(q, k, v, pairs, distance == 0, distance, options, relative, None)
+    own = None if drop is None or key is None else Drop(drop.rate, key)
+    output = attend_members(
+      q, k, v, pairs, distance == 0, back * size, options, relative, None, own
+    )
     return output.swapaxes(1, 2).astype(v.dtype)
 
   output = jnp.moveaxis(jax.lax.map(block, inputs), 0, 1)

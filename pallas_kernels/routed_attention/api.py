@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from .. import checks, compat
 from ..segments import run_index, zero_padding
 from ..sliding_window_attention import sliding_window_attention
-from .attend import Extras
+from .attend import Drop, Extras
 from .members import only
 from .options import Routing
 from .reference import routed_reference
@@ -35,6 +35,8 @@ def routed_attention(
   segment_ids: Int[Array, "B T"] | None = None,
   lengths: Int[Array, " B"] | None = None,
   initial_state: RoutedState | None = None,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
   implementation: str | None = None,
   interpret: Any = False,
 ) -> tuple[Float[Array, "B T H V"], RoutedState]:
@@ -66,6 +68,8 @@ def routed_attention(
     lengths: int [B]. Tokens at or past a row's length are padding: they are no members, their
       output is 0, and the final state is the one after the last real token.
     initial_state: `RoutedState` of the tokens before; not with "official", not with a memory.
+    dropout_rate, dropout_key: with a key, weights are dropped with this probability; only with
+      "official", in XLA.
     implementation: "xla", "tpu", "triton", "reference", or None: with "official" the kernel of the
       platform that is compiled for where it takes the arguments, else "xla". The kernels are for
       "official" only; "causal_recent" is a sort and the sliding-window attention of the platform.
@@ -99,8 +103,9 @@ def routed_attention(
   scores = only(scores, real)
   tokens = extend(key, value, scores, segments, initial_state)
   keys = tokens if key_scores is None else tokens._replace(scores=key_scores)
+  extras = Extras(relative, memory, _drop(dropout_rate, dropout_key, options, implementation))
   if implementation is None:
-    implementation = _choose(query, keys, scores, options, Extras(relative, memory))
+    implementation = _choose(query, keys, scores, options, extras)
   if implementation == "reference":
     if initial_state is not None:
       raise NotImplementedError(
@@ -117,20 +122,34 @@ def routed_attention(
         f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
       )
     recent = options.membership == "causal_recent"
-    extras = Extras(relative, memory)
     output = (
       _recent(query, tokens, options) if recent else attend_prefix(query, tokens, options, extras)
     )
   else:
     attend = _attend(implementation, interpret)
-    output = attend(query, keys, scores, options, Extras(relative, memory))
+    output = attend(query, keys, scores, options, extras)
   return zero_padding(output, lengths), state_after(tokens, options, segments, lengths)
+
+
+def _drop(rate, key, options, implementation) -> Drop | None:
+  if not 0 <= rate < 1:
+    checks.fail(NAME, "dropout_rate", "lie in [0, 1)", rate, "a probability")
+  if key is None or not rate:
+    return None
+  if options.membership != "official":
+    checks.fail(NAME, "dropout_key", 'be None but with membership="official"', "a key",
+                "the others have no dropout of weights")  # fmt: skip
+  if implementation not in (None, "xla"):
+    raise NotImplementedError(
+      f'{NAME}: implementation must be "xla" with dropout; got "{implementation}" (None picks it)'
+    )
+  return Drop(rate, key)
 
 
 def _choose(query, tokens, scores, options, extras) -> str:
   """The kernel of the platform where it takes these arguments, else the portable path."""
   platform = compat.target_platform()
-  if options.membership != "official":
+  if options.membership != "official" or extras.drop is not None:
     return "xla"
   if platform == "cuda" and compat.has_jax_triton():
     from .triton import fits

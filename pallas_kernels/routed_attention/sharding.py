@@ -122,6 +122,9 @@ def _sequence_shard(operator, options, axis, inputs):
   for name in TOKENS:
     if name in inputs:
       x = split(inputs[name], 2, by_cluster="scores" in name, filler=-jnp.inf)
+      # Where some heads are constant fillers, XLA may give the parts that it exchanges different
+      # layouts, and then refuses them.
+      x = jax.lax.optimization_barrier(x)
       here[name] = jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
   for name in MEMORY:
     if name in inputs:

@@ -28,9 +28,9 @@ def routed_attention_step(
   """
   window = state.score.shape[-1]
   scores = scores.astype(state.score.dtype)
-  every, recent = state, options.membership == "causal_recent"
-  if recent:  # one list per head is read and written
-    own = nearest(scores)[..., None]
+  every = state
+  own = nearest(scores)[..., None] if options.membership == "causal_recent" else None
+  if own is not None:  # one list per head is read and written
     state = RoutedState(*(jnp.take_along_axis(x, _like(own, x), axis=2) for x in state))
     scores = jnp.take_along_axis(scores, own, axis=2)
     admitted = jnp.ones(scores.shape, bool)
@@ -65,11 +65,11 @@ def routed_attention_step(
     q, state.key, state.value, seen, rank == 0, rank, options, relative, None
   )[..., 0, :]  # [B, H, C, V]
   output = jnp.sum(jnp.where(admitted[..., None], output, 0), axis=2)
-  if recent:
+  if own is not None:
     batch, heads = own.shape[:2]
     where = (jnp.arange(batch)[:, None], jnp.arange(heads), own[..., 0])
-    state = (x.at[where].set(part[:, :, 0]) for x, part in zip(every, state, strict=True))
-    return output.astype(value.dtype), RoutedState(*state)
+    put = lambda x, part: x.at[where].set(part[:, :, 0])  # noqa: E731
+    return output.astype(value.dtype), RoutedState(*map(put, every, state))
   output /= (jnp.sum(admitted, axis=2) + options.combine_eps)[..., None]
   return output.astype(value.dtype), state
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..segments import pad_length
-from .attend import Extras, attend_members
+from .attend import Drop, Extras, attend_members
 from .members import gather, gather_own, memberships, nearest, top_members
 from .options import Routing
 from .state import Tokens
@@ -47,9 +47,9 @@ def attend_clusters(
 
   @jax.checkpoint
   def one(inputs):
-    parts, memory = inputs
+    parts, memory, keys = inputs
 
-    def rows(first, last):
+    def rows(first, last, key):
       """What these slots see: all, or where slots are in order, those up to the last of them."""
       stop = last if blocks > 1 else window
       q, here = (x[:, :, first:last] for x in (parts[0], parts[3]))
@@ -60,12 +60,15 @@ def attend_clusters(
       elif o.causal:
         pairs &= jnp.arange(stop) <= jnp.arange(first, last)[:, None]
       own = there[..., None, :] == here[..., None]
-      return attend_members(q, k, v, pairs, own, first, o, extras.relative, memory)
+      drop = None if key is None else Drop(extras.drop.rate, key)
+      return attend_members(q, k, v, pairs, own, first, o, extras.relative, memory, drop)
 
-    outputs = [rows(*pair) for pair in zip(borders, borders[1:], strict=False)]
+    keys = [None] * blocks if keys is None else jax.random.split(keys, blocks)
+    outputs = [rows(*pair) for pair in zip(borders, borders[1:], keys, strict=False)]
     return jnp.concatenate(outputs, axis=2)
 
-  outputs = jax.lax.map(one, (parts, extras.by_cluster()))
+  keys = None if extras.drop is None else jax.random.split(extras.drop.key, members.shape[2])
+  outputs = jax.lax.map(one, (parts, extras.by_cluster(), keys))
   outputs = jnp.moveaxis(outputs, 0, 2)  # [B, H, C, W, V] float32
   real = jnp.isfinite(gather_own(scores, members))
   return _combine(outputs, members, real, query.shape[1], o).astype(tokens.value.dtype)

@@ -36,6 +36,7 @@ def session(operator, **changed):
 def test_measure_times_everyone_and_says_who_did_not_run(name, pass_name):
   operator, skipped = operators.find(name), {}
   small = dict(batch=2, length=40, heads=2, kv_heads=2, key_dim=8, value_dim=8, left=5, chunk=16)
+  small |= dict(clusters=4, window=10)
   small |= dict(kv_heads=1) if name == "rat_attention" else {}  # queries in groups
   case = tagged(operator.cases.CASES, "bench")[0]
   case = dataclasses.replace(case, sizes=case.sizes | {n: small[n] for n in case.sizes})
@@ -53,6 +54,18 @@ def test_measure_times_everyone_and_says_who_did_not_run(name, pass_name):
       assert row["flops_per_s"] > 0
     assert row["by"] in report.table(rows)
   assert "cudnn softmax: runs on cuda only" in report.not_run(skipped)
+
+
+def test_torch_formula_of_routing_by_the_latest_tokens():
+  """Blocks that end in the middle of a centroid's tokens, and a last one that is not full."""
+  operator = operators.find("routed_attention")
+  (case,) = (case for case in operator.cases.CASES if case.name == "recent")
+  inputs, options = operator.cases.make_inputs(case), operator.cases.static_options(case)
+  cotangent = operators.cotangents(operator, inputs, **options)
+  peer = peers.TORCH_ROUTED.prepare(inputs, cotangent, "forward_backward", "cpu", **options)
+  got, truth = peers.to_numpy(peer()), operators.truth(operator, inputs, **options)
+  assert set(got) == {"output", "d_query", "d_value"}
+  assert operators.largest_error(truth, got)[0] < 1e-6
 
 
 def test_error_column_sees_a_wrong_implementation(operator, monkeypatch):

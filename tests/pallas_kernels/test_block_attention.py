@@ -155,6 +155,17 @@ def test_gradients_are_finite_where_nothing_is_seen():
   np.testing.assert_array_equal(gradient, 0)
 
 
+def test_dropped_weights_average_to_all_of_them():
+  """Over many keys; both kinds of heads drop alike."""
+  q, k, v, _ = draw(rows=1, length=8)
+  call = lambda key: block_attention(q, k, v, block_size=4, dropout_rate=0.3, dropout_key=key)[0]  # noqa: E731
+  outputs = jax.jit(jax.vmap(call))(jax.random.split(jax.random.key(0), 4000))
+  error = np.std(outputs, axis=0) / 4000**0.5
+  plain = block_attention(q, k, v, block_size=4)[0]
+  assert np.abs((np.mean(outputs, axis=0) - plain) / error).max() < 5
+  assert np.std(outputs) > 0.1
+
+
 def test_bad_arguments_are_refused():
   q, k, v, tables = draw()
   state = empty_window(2, 3, 2, 4, 4, jnp.float32)

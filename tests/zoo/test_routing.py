@@ -14,6 +14,7 @@ from attnzoo.layers import ImageEmbedding
 from attnzoo.zoo import routing, routing_weights
 from attnzoo.zoo.routing import PRESETS, RoutingConfig
 from attnzoo_testing.goldens import golden, golden_config
+from attnzoo_testing.marks import slow_but
 from attnzoo_testing.mixers import close
 
 MODELS = ("lm_geglu", "lm_geglu_ties", "lm_relu_pg19like")
@@ -43,7 +44,7 @@ def published(g, prefix):
   return {k.removeprefix(prefix): v for k, v in g.items() if k.startswith(prefix)}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "lm_geglu_ties"))
 def test_released_model(name):
   """Logits, loss, gradients, and the centroids after a step by both ways of counting.
 
@@ -68,7 +69,8 @@ def test_released_model(name):
     assert {n for n in got if "ema_" not in n and not n.endswith("means")} == set(expected)
     for tensor, value in expected.items():
       np.testing.assert_allclose(got[tensor], value, atol=1e-6 * max(np.abs(value).max(), 1e-2))
-    for counts in ("official", "per_head"):
+    # One way of counting a model: each is a program of its own.
+    for counts in ("official",) if name == "lm_geglu" else ("per_head",):
       centroids = published(g, f"out/after_step_{counts}/")
       counted = dataclasses.replace(config, counts=counts)
       other = routing_weights.import_weights(published(g, "param/"), counted)
@@ -191,11 +193,10 @@ def test_image_embedding():
 
 
 def test_dropout_is_for_training():
-  config = dataclasses.replace(
-    SMALL, dropout=0.2, hidden_dropout=0.2, table_dropout=0.2, token_dropout=0.2
-  )
+  plain = dataclasses.replace(SMALL, membership="official")
+  config = dataclasses.replace(plain, **dict.fromkeys(routing.DROPOUTS, 0.2))
   model = routing.build(config, nnx.Rngs(0))
-  plain = routing.build(SMALL, nnx.Rngs(0))
+  plain = routing.build(plain, nnx.Rngs(0))
   tokens = jnp.arange(32)[None] % 7
   loss = jax.jit(lambda key, m=model: m.loss(tokens, tokens, dropout_key=key).loss)
   assert loss(None) == jax.jit(lambda: plain.loss(tokens, tokens).loss)()
@@ -211,6 +212,7 @@ def test_bad_configurations_are_refused():
     (dict(feed_forward="glu"), "feed_forward must be one of"),
     (dict(skip_first=3), "skip_first must lie between 0 and 2; got 3"),
     (dict(image_width=8), "image_height must be given with image_width"),
+    (dict(attention_dropout=0.1), "attention_dropout must be 0 but with membership 'official'"),
     (dict(dropout=1.0), "dropout must lie in"),
     (dict(positions="shaw"), "positions must not be 'shaw' with membership 'causal_recent'"),
     (dict(membership="leaky"), "membership must be one of"),
