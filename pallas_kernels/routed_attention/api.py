@@ -96,39 +96,42 @@ def routed_attention(
   batch, length = query.shape[:2]
   segments = None if segment_ids is None else run_index(segment_ids)
   real = None if lengths is None else jnp.arange(length) < lengths[:, None]
-  wide = jnp.promote_types(jnp.asarray(query).dtype, jnp.float32)
-  scores = jax.lax.stop_gradient(jnp.asarray(scores, jnp.promote_types(scores.dtype, jnp.float32)))
-  if key_scores is not None:
-    key_scores = only(jax.lax.stop_gradient(jnp.asarray(key_scores, scores.dtype)), real)
-  scores = only(scores, real)
+  scores = _ranking(scores, real)
+  key_scores = None if key_scores is None else _ranking(key_scores, real)
   tokens = extend(key, value, scores, segments, initial_state)
   keys = tokens if key_scores is None else tokens._replace(scores=key_scores)
   extras = Extras(relative, memory, _drop(dropout_rate, dropout_key, options, implementation))
   if implementation is None:
     implementation = _choose(query, keys, scores, options, extras)
   if implementation == "reference":
-    if initial_state is not None:
+    if initial_state is not None or extras.drop is not None:
       raise NotImplementedError(
-        f'{NAME}: implementation="reference" takes no initial_state (read the row as a whole)'
+        f'{NAME}: implementation="reference" takes no initial_state and no dropout (use "xla")'
       )
+    wide = jnp.promote_types(jnp.asarray(query).dtype, jnp.float32)
     q, k, v = (jnp.asarray(x).astype(wide) for x in (query, key, value))
     output = routed_reference(
       q, k, v, scores, key_scores, options, relative, memory, real, segments
     ).astype(value.dtype)
-  elif options.membership != "official":
-    if implementation != "xla":
-      raise NotImplementedError(
-        f'{NAME}: implementation must be "xla" with membership="{options.membership}"; got'
-        f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
-      )
-    recent = options.membership == "causal_recent"
-    output = (
-      _recent(query, tokens, options) if recent else attend_prefix(query, tokens, options, extras)
+  elif options.membership == "official":
+    output = _attend(implementation, interpret)(query, keys, scores, options, extras)
+  elif implementation != "xla":
+    raise NotImplementedError(
+      f'{NAME}: implementation must be "xla" with membership="{options.membership}"; got'
+      f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
     )
+  elif options.membership == "causal_recent":
+    output = _recent(query, tokens, options)
   else:
-    attend = _attend(implementation, interpret)
-    output = attend(query, keys, scores, options, extras)
+    output = attend_prefix(query, tokens, options, extras)
   return zero_padding(output, lengths), state_after(tokens, options, segments, lengths)
+
+
+def _ranking(scores, real):
+  """Scores to rank tokens by: float32 at least, without a gradient, -inf for what is no token."""
+  scores = jnp.asarray(scores, jnp.promote_types(scores.dtype, jnp.float32))
+  scores = jnp.where(scores == 0, 0, scores)  # `top_k` would rank -0 below 0
+  return only(jax.lax.stop_gradient(scores), real)
 
 
 def _drop(rate, key, options, implementation) -> Drop | None:

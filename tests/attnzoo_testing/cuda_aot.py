@@ -16,7 +16,9 @@ from attnzoo.pallas_kernels.triton_call import Gpu, Launch, load_kernel
 A100 = Gpu(80, 108, 166912)
 H100 = Gpu(90, 132, 232448)
 
-_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+_POINTERS = {
+  "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int16": "*i16",
+}  # fmt: skip
 
 
 class Resources(NamedTuple):

@@ -14,7 +14,7 @@ import tempfile
 
 import numpy as np
 
-SUPPORTED = ("float32", "float16", "int32")
+SUPPORTED = ("float32", "float16", "int32", "int16")
 
 
 def interpret(programs: list[tuple], timeout: float = 600) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,145 @@
+"""Routed attention compiled for GPUs that are not here: machine code and whole programs."""
+
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnzoo.pallas_kernels import Routing, routed_attention
+from attnzoo.pallas_kernels.routed_attention import triton
+from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100, compile_launch
+
+needs_triton = pytest.mark.skipif(
+  importlib.util.find_spec("triton") is None, reason="no triton here"
+)
+needs_plugin = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None
+  or importlib.util.find_spec("jax_triton") is None,
+  reason="no CUDA plugin or jax-triton here",
+)
+
+OFFICIAL = Routing(512, "official", mask="rank", zero_values_seen=False)
+# (GPU, (B, T, H, C, D), dtype, rows of the tables, most shared memory of the kernels with products,
+# most bytes spilled per thread). Layers as of WikiText-103, enwik8, PG-19.
+COMPILED = {
+  "h100-relative": (H100, (1, 4096, 8, 8, 64), "bfloat16", 1027, 40960, 0),
+  "h100-wide": (H100, (1, 12288, 4, 48, 128), "bfloat16", 0, 98304, 0),
+  "a100-widest-relative": (A100, (1, 8192, 2, 16, 129), "bfloat16", 1027, 73728, 64),
+}
+MEMBERS_SPILLS = 64  # 12288 scores lie in the registers of 16 warps
+
+
+def resources_of(gpu, sizes, dtype, rows):
+  """What the assembler says of each kernel."""
+  problem = triton.Problem(*sizes, sizes[-1], dtype, True, True, rows, OFFICIAL)
+  config = triton.choose_config(problem, gpu)
+  launches = triton.forward_launches(problem, config) + triton.backward_launches(problem, config)
+  dtypes = {name: dtype for launch in launches for name in launch.inputs} | {"scores": "float32"}
+  dtypes |= {n: s.dtype.name for launch in launches for n, s in launch.outputs.items()}
+  names = [launch.kernel.split(":")[1] for launch in launches]
+  first = dict(zip(names[::-1], launches[::-1], strict=True))  # of several, the forward pass's
+  return {name: compile_launch(launch, dtypes, gpu) for name, launch in first.items()}
+
+
+@needs_triton
+@pytest.mark.cuda_aot
+@pytest.mark.parametrize("name", COMPILED)
+def test_machine_code(name):
+  gpu, sizes, dtype, rows, shared_memory, spills = COMPILED[name]
+  found = resources_of(gpu, sizes, dtype, rows)
+  for kernel, resources in found.items():
+    print(name, kernel, resources)
+  products = {"forward_kernel", "drop_kernel", "gradient_kernel"}
+  products |= {"table_gradient_kernel"} if rows else set()
+  assert set(found) == products | {"members_kernel", "combine_kernel"}
+  for kernel, resources in found.items():
+    limits = dict(members_kernel=MEMBERS_SPILLS, combine_kernel=0)
+    assert resources.spills <= limits.get(kernel, spills), kernel
+    assert not resources.serialized, kernel
+    if kernel in products:
+      assert resources.shared_memory <= shared_memory, kernel
+      assert resources.tensor_cores > 0, kernel
+
+
+def tokens(batch, length, heads, dim, clusters, dtype=jnp.bfloat16):
+  query = jax.ShapeDtypeStruct((batch, length, heads, dim), dtype)
+  scores = jax.ShapeDtypeStruct((batch, length, heads, clusters), jnp.float32)
+  return query, query, scores
+
+
+def operations(compiled):
+  """(kernel calls, loops, sorts, elements of the largest array)."""
+  text = compiled.as_text()
+  shapes = re.findall(r"\b(?:f32|bf16|f16|s32|s16|pred)\[([\d,]+)\]", text)
+  largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+  calls = len(re.findall(r'custom_call_target="triton_kernel_call', text))
+  sorts = len(re.findall(r" (?:sort|topk)\(|TopK", text))
+  return calls, len(re.findall(r" while\(", text)), sorts, largest
+
+
+def attention(query, value, scores, *tables, options=OFFICIAL):
+  named = dict(zip(("relative_keys", "relative_values"), tables, strict=bool(tables)))
+  return routed_attention(query, query, value, scores, options=options, **named)[0]
+
+
+@needs_plugin
+@pytest.mark.cuda_aot
+def test_whole_program():
+  """On a GPU the kernels are the default: three launches forward, four backward, no sort."""
+  arrays, one_array = tokens(1, 1024, 2, 32, 4), 1024 * 2 * 32
+  short = functools.partial(attention, options=Routing(256, "official"))
+  tables = [jax.ShapeDtypeStruct((2 * 99 + 1, 32), jnp.float32)] * 2
+  calls, loops, sorts, largest = operations(compile_for_h100(short, *arrays, *tables))
+  assert (calls, loops, sorts) == (3, 0, 0)
+  assert largest == one_array
+
+  def pull(cotangent, query, value, scores):
+    return jax.vjp(lambda q, v: short(q, v, scores), query, value)[1](cotangent)
+
+  compiled = compile_for_h100(pull, arrays[0], *arrays)
+  calls, loops, sorts, largest = operations(compiled)
+  assert (calls, loops, sorts) == (7, 0, 0)
+  assert largest == one_array
+  # Outputs of the slots, later their gradients: at most three arrays at a time beside the inputs.
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * one_array
+
+
+@needs_plugin
+@pytest.mark.cuda_aot
+def test_lengths_and_vmap():
+  """Sequences of a vmap run one after the other; padded rows are the kernels' too."""
+  arrays = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in tokens(2, 100, 2, 16, 3)]
+  lengths = jax.ShapeDtypeStruct((3, 2), jnp.int32)
+
+  def loss(floats, scores, lengths):
+    query, value = floats
+    output, _ = routed_attention(
+      query, query, value, scores, options=Routing(40, "official"), lengths=lengths
+    )
+    return jnp.sum(output.astype(jnp.float32) ** 2)
+
+  compiled = compile_for_h100(jax.vmap(jax.grad(loss)), arrays[:2], arrays[2], lengths)
+  calls, loops, _, _ = operations(compiled)
+  assert calls == 7
+  assert loops >= 1
+
+
+@needs_plugin
+@pytest.mark.cuda_aot
+@pytest.mark.parametrize("name", ["wide", "memory"])
+def test_others_are_left_to_the_portable_path(name):
+  dim, options = (136, {}) if name == "wide" else (16, {})
+  arrays = tokens(1, 64, 2, dim, 2)
+  if name == "memory":
+    memory = jnp.zeros((2, 2, 1, dim), jnp.bfloat16)
+    options = dict(memory_key=memory, memory_value=memory)
+
+  def run(query, value, scores):
+    routing = Routing(16, "official")
+    return routed_attention(query, query, value, scores, options=routing, **options)[0]
+
+  assert operations(compile_for_h100(run, *arrays))[0] == 0
