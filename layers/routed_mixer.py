@@ -179,13 +179,15 @@ class RoutedMixer(nnx.Module):
     """The call, and what training needs beside it; None without routed heads."""
     names = ("segment_ids", "positions", "lengths", "state", "dropout_key")
     y, state, routed = self._mix(x, *map(options.get, names))
-    if self.centroids is None:
+    if self.centroids is None or routed is None:
       return y, state, None
     distance, sums = self.centroids.spread(*routed)
     return y, state, Note(2 * self.config.commitment * distance, sums)
 
   def clusters_of(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T H C"]:
     """Which clusters of its routed heads each token belongs to, in a pass over the whole row."""
+    if self.centroids is None:
+      return jnp.zeros((*x.shape[:2], 0, self.config.clusters), bool)
     query = self._project(x)[0][:, :, : self.config.routed_heads]
     near = self.centroids.scores(self._standardised(query))
     if self.config.routing.membership == "causal_recent":
@@ -208,7 +210,7 @@ class RoutedMixer(nnx.Module):
     split, parts = c.routed_heads, []
     routed, local = state.routed, state.local
     turn = state.position[:, None]
-    if split:
+    if self.centroids is not None and routed is not None:
       q = self._standardised(query[:, :split])
       near = self.centroids.scores(q)
       q = self._turn(q.astype(self.dtype)[:, None], turn)[:, 0]
@@ -216,7 +218,7 @@ class RoutedMixer(nnx.Module):
         q, q, value[:, :split], near, routed, options=self._routing(True), **self._tables("routed")
       )
       parts.append(output)
-    if split < c.heads:
+    if local is not None:
       q, k = (self._turn(y[:, None, split:], turn)[:, 0] for y in (query, key))
       output, local = block_attention_step(
         q, k, value[:, split:], local, **self._blocks(), **self._tables("local")
@@ -234,9 +236,9 @@ class RoutedMixer(nnx.Module):
       positions = positions_from(length, None if state is None else state.position)
     split, parts, note = c.routed_heads, [], None
     routed = local = None
-    documents = dict(segment_ids=segment_ids, lengths=lengths)
+    documents: dict[str, Any] = dict(segment_ids=segment_ids, lengths=lengths)
     routed_drop, local_drop = self._drops(dropout_key)
-    if split:
+    if self.centroids is not None:
       q = self._standardised(query[:, :, :split])
       near = self.centroids.scores(q)
       note = q, near
@@ -298,7 +300,7 @@ class RoutedMixer(nnx.Module):
       routing, membership="topk_prefix", mask="position", zero_values_seen=True
     )
 
-  def _drops(self, key):
+  def _drops(self, key) -> list[dict[str, Any]]:
     """Options of the two operators."""
     rate = self.config.attention_dropout
     keys = split_key(key if rate else None, 2)
@@ -313,10 +315,10 @@ class RoutedMixer(nnx.Module):
     c = self.config
     return c.block_size if c.look_back is None else c.look_back
 
-  def _blocks(self):
+  def _blocks(self) -> dict[str, Any]:
     return dict(block_size=self.config.block_size, look_back=self._look_back(), scale=1.0)
 
-  def _tables(self, kind):
+  def _tables(self, kind) -> dict[str, Any]:
     tables = self.local_tables if kind == "local" else self.routed_tables
     if tables is None:
       return {}

@@ -11,6 +11,7 @@ are what `experiments.evaluate` prints. "causal_recent", the default, trains wit
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def build(config: RoutingConfig, rngs: nnx.Rngs) -> DecoderLM:
   """The model with freshly drawn weights: `fan_average`, biases 0, norms 1, centroids noise."""
   c, dtypes = config, dtypes_of(config)
   blocks = [_block(c, layer, dtypes, rngs) for layer in range(c.num_layers)]
-  kwargs = dict(rngs=rngs, **dtypes)
+  kwargs: dict[str, Any] = dict(rngs=rngs, **dtypes)
   width = c.features if c.embedding_features is None else c.embedding_features
   if c.is_image:
     embedder: nnx.Module = ImageEmbedding(
@@ -193,7 +194,7 @@ def build(config: RoutingConfig, rngs: nnx.Rngs) -> DecoderLM:
 
 def _block(config: RoutingConfig, layer: int, dtypes: dict, rngs: nnx.Rngs) -> Block:
   c = config
-  kwargs = dict(dropout=c.hidden_dropout, init=fan_average, rngs=rngs, **dtypes)
+  kwargs: dict[str, Any] = dict(dropout=c.hidden_dropout, init=fan_average, rngs=rngs, **dtypes)
   if c.feed_forward == "geglu":
     feed_forward: nnx.Module = GatedLinearUnit(
       c.features, c.hidden, activation="gelu_tanh", **kwargs

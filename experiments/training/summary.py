@@ -58,7 +58,7 @@ def finish(outcome: Outcome) -> None:
   if run.experiment.train.sample_tokens and run.corpus.tokenizer is not None and here:
     print(f"\nsample:\n{_sample(outcome)}\n")
   if run.experiment.train.sample_tokens and isinstance(run.corpus, ImageSet) and here:
-    print(f"samples {_draw(outcome)}")
+    print(f"samples {_draw(outcome, run.corpus)}")
   print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
   print(f"checkpoints {run.workdir / 'checkpoints'}")
 
@@ -109,9 +109,9 @@ def _sample(outcome: Outcome) -> str:
   return tokenizer.decode([*prompt, *(int(token[0]) for token in tokens)])
 
 
-def _draw(outcome: Outcome) -> pathlib.Path:
-  """Pictures from nothing, beside as many of the training split."""
-  run, images = outcome.run, outcome.run.corpus
+def _draw(outcome: Outcome, images: ImageSet) -> pathlib.Path:
+  """Pictures from nothing, above as many of the training split."""
+  run = outcome.run
   model = state.merge(run.parts, outcome.state.params)
   drawn = generate(model, [[0]] * SAMPLES, max_new_tokens=images.dims, sampling=Sampling())
   pictures = images.as_images(np.stack([np.asarray(token) for token in drawn], axis=1))

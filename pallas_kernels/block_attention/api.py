@@ -86,13 +86,16 @@ def block_attention(
   if lengths is not None and not causal:
     real = (jnp.arange(length) < lengths[:, None])[..., None]
     key_seen = real if key_seen is None else key_seen & real
+  relative = None
+  if relative_keys is not None and relative_values is not None:
+    relative = (relative_keys, relative_values)
   output = attend_blocks(
     query, tokens, key_seen, place,
     block_size=block_size,
     look_back=back,
     causal=causal,
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    relative=None if relative_keys is None else (relative_keys, relative_values),
+    relative=relative,
     drop=Drop(dropout_rate, dropout_key) if dropout_rate and dropout_key is not None else None,
   )  # fmt: skip
   return zero_padding(output, lengths), window_after(tokens, segments, lengths, count, left)

@@ -60,7 +60,7 @@ def attend_clusters(
       elif o.causal:
         pairs &= jnp.arange(stop) <= jnp.arange(first, last)[:, None]
       own = there[..., None, :] == here[..., None]
-      drop = None if key is None else Drop(extras.drop.rate, key)
+      drop = None if key is None else Drop(rate, key)
       return attend_members(q, k, v, pairs, own, first, o, extras.relative, memory, drop)
 
     keys = [None] * blocks if keys is None else jax.random.split(keys, blocks)
@@ -68,6 +68,7 @@ def attend_clusters(
     return jnp.concatenate(outputs, axis=2)
 
   keys = None if extras.drop is None else jax.random.split(extras.drop.key, members.shape[2])
+  rate = 0.0 if extras.drop is None else extras.drop.rate
   outputs = jax.lax.map(one, (parts, extras.by_cluster(), keys))
   outputs = jnp.moveaxis(outputs, 0, 2)  # [B, H, C, W, V] float32
   real = jnp.isfinite(gather_own(scores, members))
