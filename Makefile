@@ -63,11 +63,11 @@ length-extrapolation: ## the same for softplus attention, 16 times as long, with
 
 test: ## set up and run every test that needs no GPU
 	@.ci/set-up test
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) -m "not gpu" $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-fast: ## the quick tests: no slow ones, no compiling for absent accelerators
 	@.ci/set-up test
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) -m "not (gpu or slow or tpu_aot or cuda_aot)" $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not (gpu or slow or tpu_aot or cuda_aot)" $(ARGS)
 
 test-gpu: ## the tests that need an NVIDIA GPU
 	@.ci/set-up test,cuda

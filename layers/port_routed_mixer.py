@@ -134,10 +134,10 @@ class PortRoutedMixer(nnx.Module):
 
     centroids = dict(decay=c.centroid_decay, **more)
     slots = c.memory_slots
-    self.local_heads_in = heads_in(local, 3, use_bias=True) if local else None
+    self.local_heads_in: Any = heads_in(local, 3, use_bias=True) if local else None
     # Queries, values and, if they differ from the queries, keys.
     parts = 2 if c.shared else 3
-    self.routed_heads_in = heads_in(routed, parts, use_bias=False) if routed else None
+    self.routed_heads_in: Any = heads_in(routed, parts, use_bias=False) if routed else None
     self.centroids = PortCentroids(routed, c.clusters, dim, **centroids) if routed else None
     # Keys and values.
     self.memory = memory(2, routed, c.clusters, slots, dim) if routed and slots else None
@@ -205,7 +205,8 @@ class PortRoutedMixer(nnx.Module):
     """One token."""
     c, parts = self.config, []
     self._check_no_memory("step")
-    routed, local = state.routed, state.local
+    routed: Any = state.routed
+    local: Any = state.local
     turn = state.position[:, None]
     if self.local_heads_in is not None:
       q, k, v = (y[:, 0] for y in self._local(x[:, None], turn))
@@ -231,7 +232,8 @@ class PortRoutedMixer(nnx.Module):
     before = jnp.zeros((batch,), jnp.int32) if state is None else state.position
     if positions is None:
       positions = self._positions(segment_ids, None if state is None else before, length)
-    parts, note = [], None
+    parts = []
+    note: Any = None
     routed = local = None
     documents = dict(segment_ids=segment_ids, lengths=lengths)
     if self.local_heads_in is not None:

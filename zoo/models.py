@@ -7,10 +7,18 @@ from types import ModuleType
 from flax import nnx
 
 from ..layers import DecoderLM
-from . import based, mqar, rat, routing, softplus, transnormer
+from . import based, mqar, rat, routing, routing_port, softplus, transnormer
 
 # Every module here has PRESETS (name -> frozen config), build(config, rngs) and parameter_count.
-MODULES: tuple[ModuleType, ...] = (transnormer, based, mqar, rat, softplus, routing)
+MODULES: tuple[ModuleType, ...] = (
+  transnormer,
+  based,
+  mqar,
+  rat,
+  softplus,
+  routing,
+  routing_port,
+)
 
 
 def list_models() -> list[str]:

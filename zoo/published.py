@@ -1,13 +1,22 @@
 """Published checkpoints of any family: finds out whose layout one has, and reads it."""
 
 import os
+import pathlib
 from collections.abc import Mapping
 from types import ModuleType
 
 import numpy as np
 
 from ..layers import DecoderLM
-from . import based_weights, models, rat_weights, softplus_weights, transnormer_weights
+from . import (
+  based_weights,
+  models,
+  rat_weights,
+  routing_port_weights,
+  routing_weights,
+  softplus_weights,
+  transnormer_weights,
+)
 from .weights import find_preset, read_config_json, read_tensors
 
 # Family -> its weight layout.
@@ -16,8 +25,10 @@ _LAYOUTS: dict[str, ModuleType] = {
   "based": based_weights,
   "rat": rat_weights,
   "softplus": softplus_weights,
+  "routing": routing_weights,
+  "routing_port": routing_port_weights,
 }
-# A field of config.json that those before it have not -> the layout. RAT's checkpoints have none.
+# A field of config.json that those before it have not -> the layout. The others have no such file.
 _FIELDS = {
   "decoder_embed_dim": transnormer_weights,
   "rotary_emb_fraction": based_weights,
@@ -28,7 +39,8 @@ _FIELDS = {
 def find_config(source: str | os.PathLike, preset: str | None = None):
   """The configuration of a checkpoint: that of a preset, or what its `config.json` says.
 
-  Checkpoints of RAT have no such file, and are known by the names of their tensors.
+  Checkpoints of RAT and of the Routing Transformer's port have no such file, and are known by the
+  names of their tensors. Those of the Routing Transformer itself need a preset.
 
   Raises:
     FileNotFoundError: no such file or folder, or no config.json where it is needed.
@@ -46,9 +58,14 @@ def find_config(source: str | os.PathLike, preset: str | None = None):
   try:
     file, raw = read_config_json(source)
   except FileNotFoundError:
-    tensors = rat_weights.weights_alone(read_tensors(source))
-    if rat_weights.EMBEDDING in tensors:
-      return rat_weights.config_of(tensors)
+    if pathlib.Path(source).suffix != ".npz":
+      tensors = read_tensors(source)
+      plain = rat_weights.weights_alone(tensors)
+      if rat_weights.EMBEDDING in plain:
+        return rat_weights.config_of(plain)
+      plain = routing_port_weights.plain_names(tensors)
+      if routing_port_weights.is_port(plain):
+        return routing_port_weights.config_of(plain)
     raise
   for field, layout in _FIELDS.items():
     if field in raw:
