@@ -27,7 +27,7 @@ def last_segment(segment_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> I
   return jnp.take_along_axis(segment_ids, last, axis=1)[:, 0]
 
 
-def pad_length(array: jax.Array, multiple: int, axis: int = 1, value: float = 0) -> jax.Array:
+def pad_length(array: jax.Array, multiple: int, axis: int = 1, value: int | float = 0) -> jax.Array:
   """Pads `axis` at its end up to a multiple."""
   short = -array.shape[axis] % multiple
   if not short:

@@ -58,6 +58,7 @@ def test_measure_times_everyone_and_says_who_did_not_run(name, pass_name):
 
 def test_torch_formula_of_routing_by_the_latest_tokens():
   """Blocks that end in the middle of a centroid's tokens, and a last one that is not full."""
+  pytest.importorskip("torch", reason="no torch here: the `bench` extra brings it")
   operator = operators.find("routed_attention")
   (case,) = (case for case in operator.cases.CASES if case.name == "recent")
   inputs, options = operator.cases.make_inputs(case), operator.cases.static_options(case)
