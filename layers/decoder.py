@@ -131,7 +131,7 @@ class DecoderLM(nnx.Module):
   def mixer_inputs(self, tokens: Int[Array, "B T"]) -> list[tuple[Any, Float[Array, "B T D"]]]:
     """(mixer, what it is given) of each layer: for looking into a model."""
     positions = positions_from(tokens.shape[1], None)
-    x, found = self._embed(tokens, positions, None), []
+    x, found = self._embed(tokens, positions), []
     for block in self.layers():
       found.append((block.mixer, block.mixer_input(x)))
       x, _ = block(x)
@@ -212,7 +212,7 @@ class DecoderLM(nnx.Module):
     self, tokens: Int[Array, " B"], state: DecoderState
   ) -> tuple[Float[Array, "B V"], DecoderState]:
     """(logits, new state) after one more token per row."""
-    x = self._embed(tokens, state.position, None)
+    x = self._embed(tokens, state.position)
 
     def call(block, x, state, key):
       del key
@@ -267,7 +267,7 @@ class DecoderLM(nnx.Module):
       results.append(found)
     return x, tuple(results)
 
-  def _embed(self, tokens, positions, key):
+  def _embed(self, tokens, positions, key=None):
     if self.embedder is not None:
       x = self.embedder(tokens, positions, dropout_key=key).astype(self.residual_dtype)
       return constrain(x, "batch", "length", None) if x.ndim == 3 else x

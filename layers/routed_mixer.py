@@ -82,7 +82,7 @@ class RoutedMixerConfig:
     if not 0 <= self.attention_dropout < 1:
       self._refuse("attention_dropout", "lie in [0, 1)", "a probability")
     if self.attention_dropout and self.routed_heads and self.routing.membership != "official":
-      self._refuse("attention_dropout", "be 0 but with membership 'official'", "drop elsewhere")
+      self._refuse("attention_dropout", "be 0 unless membership is 'official'", "drop elsewhere")
     if self.shaw_routed and self.routing.membership == "causal_recent":
       self._refuse("positions", "not be 'shaw' with membership 'causal_recent'", "use 'rotary'")
     if self.routed_heads:

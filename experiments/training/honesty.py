@@ -19,8 +19,11 @@ def leaks(model: Any) -> bool:
 
 
 def honest(experiment: config.Experiment) -> config.Experiment:
-  """The experiment with a model of the same parameters that sees no later tokens."""
-  model = dataclasses.replace(experiment.model, membership="topk_prefix")
+  """The experiment with a model of the same parameters that sees no later tokens.
+
+  It is there to be evaluated: its attention has no dropout, which only "official" offers.
+  """
+  model = dataclasses.replace(experiment.model, membership="topk_prefix", attention_dropout=0.0)
   return dataclasses.replace(experiment, model=model)
 
 

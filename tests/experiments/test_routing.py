@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnzoo.experiments import show_clusters
+from attnzoo.experiments import clusters_page
 from attnzoo.experiments.configs import routing_digits, routing_published, routing_small
 from attnzoo.experiments.data import DataConfig
 from attnzoo.experiments.training import config, honesty, loop, runs, state, summary
@@ -120,7 +120,7 @@ def test_random_tokens_cannot_be_predicted_without_a_leak():
 
 def test_page_of_clusters():
   clusters = {"layer 1, head 1": np.asarray([[1, 0], [0, 1], [1, 1]], bool)}
-  text = show_clusters.page(["a<b", "\n", "</script>"], clusters)
+  text = clusters_page.page(["a<b", "\n", "</script>"], clusters)
   assert "a&lt;b" in text
   assert '{"layer 1, head 1": [[0], [1], [0, 1]]}' in text
   assert text.count("</script>") == 1
@@ -145,3 +145,4 @@ def test_published_recipes(name):
   assert honesty.leaks(setup.model)
   honest = honesty.honest(setup)
   assert honest.model.membership == "topk_prefix"
+  assert honest.model.attention_dropout == 0
