@@ -212,7 +212,7 @@ def test_bad_configurations_are_refused():
     (dict(feed_forward="glu"), "feed_forward must be one of"),
     (dict(skip_first=3), "skip_first must lie between 0 and 2; got 3"),
     (dict(image_width=8), "image_height must be given with image_width"),
-    (dict(attention_dropout=0.1), "attention_dropout must be 0 but with membership 'official'"),
+    (dict(attention_dropout=0.1), "attention_dropout must be 0 unless membership is 'official'"),
     (dict(dropout=1.0), "dropout must lie in"),
     (dict(positions="shaw"), "positions must not be 'shaw' with membership 'causal_recent'"),
     (dict(membership="leaky"), "membership must be one of"),
