@@ -1,6 +1,11 @@
 """Attention operators as pure functions on arrays. See WORKSPACE.md for the map."""
 
 from .block_attention import block_attention, block_attention_step, block_window
+from .code_attention import (
+  code_attention,
+  code_attention_weights,
+  sharded_code_attention,
+)
 from .lightning_attention import (
   lightning_attention,
   lightning_attention_step,
@@ -56,6 +61,8 @@ __all__ = [
   "block_attention",
   "block_attention_step",
   "block_window",
+  "code_attention",
+  "code_attention_weights",
   "empty_cache",
   "empty_rat_state",
   "empty_routed_state",
@@ -68,6 +75,7 @@ __all__ = [
   "rat_attention_step",
   "routed_attention",
   "routed_attention_step",
+  "sharded_code_attention",
   "sharded_lightning_attention",
   "sharded_rat_attention",
   "sharded_sliding_window_attention",

@@ -26,15 +26,20 @@ def check_mesh(
   head_axes: tuple[str, ...],
   sequence_axes: tuple[str, ...],
   shape: tuple[int, ...],
+  *,
+  last: tuple[str, str] = ("head_axes", "heads"),
 ) -> None:
-  """Raises ValueError unless the axes exist, are used once and divide `shape`, [B, T, H, ...]."""
+  """Raises ValueError unless the axes exist, are used once and divide `shape`, [B, T, H, ...].
+
+  `last`: what `head_axes` is called, and what it splits.
+  """
   if mesh.empty:
     fail(function, "mesh", "be given or be in force", "None and no mesh in force",
          "pass mesh=..., or call it under jax.set_mesh")  # fmt: skip
   used = (*batch_axes, *head_axes, *sequence_axes)
   parts = (("batch_axes", "batch", batch_axes, shape[0]),
            ("sequence_axis", "length", sequence_axes, shape[1]),
-           ("head_axes", "heads", head_axes, shape[2]))  # fmt: skip
+           (*last, head_axes, shape[2]))  # fmt: skip
   for argument, what, axes, size in parts:
     for axis in axes:
       if axis not in mesh.axis_names:
