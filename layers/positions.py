@@ -131,3 +131,16 @@ def position_after(
   positions = jnp.broadcast_to(positions, (batch, length))
   following = jnp.take_along_axis(positions, jnp.maximum(last - 1, 0)[:, None], axis=1)[:, 0] + 1
   return jnp.where(last == 0, before, following).astype(jnp.int32)
+
+
+def sinusoids(count: int, features: int) -> np.ndarray:
+  """[count, features], float64: sin(t w_i) and cos(t w_i) side by side, w_i = 10000^(-2 i / D).
+
+  Raises:
+    ValueError: an odd number of features. Paper: Attention Is All You Need (2017), section 3.5.
+  """
+  if features % 2:
+    raise ValueError(f"sinusoids: features must be even; got {features} (a sine and a cosine each)")
+  rate = 10000.0 ** (-np.arange(0, features, 2) / features)
+  phase = np.arange(count)[:, None] * rate
+  return np.stack([np.sin(phase), np.cos(phase)], axis=-1).reshape(count, features)

@@ -32,7 +32,9 @@ from .sliding_window_attention import (
 )
 from .softmax_attention import (
   CacheState,
+  bidirectional_attention,
   empty_cache,
+  sharded_bidirectional_attention,
   sharded_softmax_attention,
   softmax_attention,
   softmax_attention_step,
@@ -58,6 +60,7 @@ __all__ = [
   "Routing",
   "Variant",
   "WindowState",
+  "bidirectional_attention",
   "block_attention",
   "block_attention_step",
   "block_window",
@@ -75,6 +78,7 @@ __all__ = [
   "rat_attention_step",
   "routed_attention",
   "routed_attention_step",
+  "sharded_bidirectional_attention",
   "sharded_code_attention",
   "sharded_lightning_attention",
   "sharded_rat_attention",

@@ -6,8 +6,8 @@ from types import ModuleType
 
 from flax import nnx
 
-from ..layers import DecoderLM
-from . import based, mqar, rat, routing, routing_port, softplus, transnormer
+from ..layers import DecoderLM, LabelClassifier
+from . import based, mqar, rat, routing, routing_port, softplus, transicd, transnormer
 
 # Every module here has PRESETS (name -> frozen config), build(config, rngs) and parameter_count.
 MODULES: tuple[ModuleType, ...] = (
@@ -18,6 +18,7 @@ MODULES: tuple[ModuleType, ...] = (
   softplus,
   routing,
   routing_port,
+  transicd,
 )
 
 
@@ -64,12 +65,12 @@ def config_class(family: str) -> type:
   return _class_of(module_of(family))
 
 
-def build(config, rngs: nnx.Rngs) -> DecoderLM:
+def build(config, rngs: nnx.Rngs) -> DecoderLM | LabelClassifier:
   """The model of a configuration, with fresh weights."""
   return module_of(family_of(config)).build(config, rngs)
 
 
-def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM:
+def create(name: str, *, rngs: nnx.Rngs, **overrides) -> DecoderLM | LabelClassifier:
   """`build(get_config(name, **overrides), rngs)`."""
   return build(get_config(name, **overrides), rngs)
 

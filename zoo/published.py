@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..layers import DecoderLM
+from ..layers import DecoderLM, LabelClassifier
 from . import (
   based_weights,
   models,
@@ -15,6 +15,7 @@ from . import (
   routing_port_weights,
   routing_weights,
   softplus_weights,
+  transicd_weights,
   transnormer_weights,
 )
 from .weights import find_preset, read_config_json, read_tensors
@@ -27,6 +28,7 @@ _LAYOUTS: dict[str, ModuleType] = {
   "softplus": softplus_weights,
   "routing": routing_weights,
   "routing_port": routing_port_weights,
+  "transicd": transicd_weights,
 }
 # A field of config.json that those before it have not -> the layout. The others have no such file.
 _FIELDS = {
@@ -39,8 +41,8 @@ _FIELDS = {
 def find_config(source: str | os.PathLike, preset: str | None = None):
   """The configuration of a checkpoint: that of a preset, or what its `config.json` says.
 
-  Checkpoints of RAT and of the Routing Transformer's port have no such file, and are known by the
-  names of their tensors. Those of the Routing Transformer itself need a preset.
+  Checkpoints of RAT, TransICD and the Routing Transformer's port have no such file, and are known
+  by the names of their tensors. Those of the Routing Transformer itself need a preset.
 
   Raises:
     FileNotFoundError: no such file or folder, or no config.json where it is needed.
@@ -60,6 +62,8 @@ def find_config(source: str | os.PathLike, preset: str | None = None):
   except FileNotFoundError:
     if pathlib.Path(source).suffix != ".npz":
       tensors = read_tensors(source)
+      if transicd_weights.is_transicd(tensors):
+        return transicd_weights.config_of(tensors)
       plain = rat_weights.weights_alone(tensors)
       if rat_weights.EMBEDDING in plain:
         return rat_weights.config_of(plain)
@@ -77,6 +81,8 @@ def find_config(source: str | os.PathLike, preset: str | None = None):
   )
 
 
-def import_weights(source: str | os.PathLike | Mapping[str, np.ndarray], config) -> DecoderLM:
+def import_weights(
+  source: str | os.PathLike | Mapping[str, np.ndarray], config
+) -> DecoderLM | LabelClassifier:
   """The model of a configuration of any family with the weights of `source`."""
   return _LAYOUTS[models.family_of(config)].import_weights(source, config)

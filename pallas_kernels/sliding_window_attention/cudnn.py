@@ -1,8 +1,8 @@
-"""Causal attention on NVIDIA GPUs by cuDNN, through `jax.nn.dot_product_attention`."""
+"""Attention on NVIDIA GPUs by cuDNN, through `jax.nn.dot_product_attention`."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 MAX_DIM = 128
 ALIGNMENT = 8  # of head_dim
@@ -35,14 +35,44 @@ def attention_cudnn(
   no earlier token sees it. Nor does any real token see padding, so cuDNN need not know the lengths.
   """
   length, value_dim = value.shape[1], value.shape[3]
-  dim = -(-max(query.shape[3], value_dim) // ALIGNMENT) * ALIGNMENT
-  padded = (
-    jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, dim - x.shape[3])))
-    for x in (query, key, value)
-  )
+  padded = _padded(query, key, value)
   # (left, 0) keeps the `left` keys before the query's own, and its own.
   window = None if left is None else (left, 0)
   output = jax.nn.dot_product_attention(
     *padded, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
   )
   return output[:, :length, :, :value_dim]
+
+
+def attention_to_all_cudnn(
+  query: Float[Array, "B T H K"],
+  key: Float[Array, "B T H K"],
+  value: Float[Array, "B T H V"],
+  lengths: Int[Array, " B"] | None,
+  scale: float,
+) -> Float[Array, "B T H V"]:
+  """Every token sees the first `lengths` ones. What rows with none of those give is arbitrary.
+
+  `lengths` None is all of them, too, as numbers: an odd length gets one more token.
+  """
+  batch, length, _, value_dim = value.shape
+  padded = _padded(query, key, value)
+  seen = jnp.full((batch,), length) if lengths is None else jnp.maximum(lengths, 1)
+  output = jax.nn.dot_product_attention(
+    *padded,
+    scale=scale,
+    query_seq_lengths=jnp.full((batch,), length, jnp.int32),
+    key_value_seq_lengths=seen.astype(jnp.int32),
+    implementation="cudnn",
+  )
+  return output[:, :length, :, :value_dim]
+
+
+def _padded(query, key, value):
+  """Of even length, and of one head_dim that is a multiple of 8."""
+  length = value.shape[1]
+  dim = -(-max(query.shape[3], value.shape[3]) // ALIGNMENT) * ALIGNMENT
+  return [
+    jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, dim - x.shape[3])))
+    for x in (query, key, value)
+  ]

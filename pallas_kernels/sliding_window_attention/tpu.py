@@ -1,4 +1,4 @@
-"""Causal attention on TPUs by the Pallas kernels that come with jax ("splash attention").
+"""Attention on TPUs by the Pallas kernels that come with jax ("splash attention").
 
 Their grid holds only the pairs of query and key blocks that the mask leaves: with a window of up to
 a block two key blocks per query block, so work is linear in T. Here: head layout, padding to whole
@@ -53,7 +53,32 @@ def attention_tpu(
   q = heads_first((query * scale).astype(query.dtype), 0, padded)  # [B, H, T', K]
   k, v = (heads_first(x, front, total) for x in (tokens.key, tokens.value))
   segments = _segments(tokens, length, front, padded, total)
-  output = _splash(q, k, v, segments, (left, front + stored, block, interpret))
+  window = dict(window_size=(left, 0), offset=front + stored)
+  output = _splash(q, k, v, segments, (window, block, interpret))
+  return output.swapaxes(1, 2)[:, :length]
+
+
+def attention_to_all_tpu(
+  query: Float[Array, "B T H K"],
+  key: Float[Array, "B T H K"],
+  value: Float[Array, "B T H V"],
+  lengths: Int[Array, " B"] | None,
+  scale: float,
+  interpret: Any,
+) -> Float[Array, "B T H V"]:
+  """Every token sees the first `lengths` ones. What rows with none of those give is arbitrary."""
+  batch, length = query.shape[:2]
+  block = min(DEFAULT_BLOCK, _lanes(length))
+  padded = -(-length // block) * block
+
+  def heads_first(x):
+    return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+  q = heads_first((query * scale).astype(query.dtype))
+  seen = length if lengths is None else lengths[:, None]
+  keys = jnp.broadcast_to(jnp.where(jnp.arange(padded) < seen, 0, PADDING), (batch, padded))
+  segments = jnp.zeros((batch, padded), jnp.int32), keys.astype(jnp.int32)
+  output = _splash(q, heads_first(key), heads_first(value), segments, (None, block, interpret))
   return output.swapaxes(1, 2)[:, :length]
 
 
@@ -107,9 +132,9 @@ def _splash(
 
 
 def _run(options, query, key, value, segments) -> Any:
-  left, offset, block, interpret = options
+  window, block, interpret = options  # None as window: no mask but that of the segments
   shape = (query.shape[2], key.shape[2])
-  mask = Window(shape, window_size=(left, 0), offset=offset)
+  mask = masks.FullMask(shape) if window is None else Window(shape, **window)
   kernel = splash.make_splash_mha(
     masks.MultiHeadMask([mask] * query.shape[1]),
     block_sizes=splash.BlockSizes(
