@@ -28,7 +28,8 @@ def run(*command, **options) -> str:
 def shipped() -> set[str]:
   """What the tree says the wheel has to hold."""
   paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
-  kept = (path for path in paths if path.suffix == ".py" or path.name == "py.typed")
+  data = ("py.typed", "icd10_phrases.json.gz")
+  kept = (path for path in paths if path.suffix == ".py" or path.name in data)
   return {f"attnzoo/{path.relative_to(ROOT).as_posix()}" for path in kept}
 
 

@@ -1,11 +1,12 @@
 """Data for the experiments: sources, tokenizers and batches. See `DataConfig` for the options."""
 
-from attnzoo.experiments.data.config import IMAGE_SOURCES, SOURCES, DataConfig
+from attnzoo.experiments.data.config import IMAGE_SOURCES, NOTE_SOURCES, SOURCES, DataConfig
 from attnzoo.experiments.data.corpus import Corpus, TokenSplit, load_corpus, read_text
 from attnzoo.experiments.data.errors import DataError
 from attnzoo.experiments.data.examples import ExampleBlock, ExampleSet
 from attnzoo.experiments.data.images import ImageSet
 from attnzoo.experiments.data.loading import Data, evaluation_batches, load_data, train_batches
+from attnzoo.experiments.data.notes import NoteSet, NoteSplit, Vocabulary
 from attnzoo.experiments.data.pipeline import Batch, EvaluationBatches, TrainBatches, bits_per_byte
 from attnzoo.experiments.data.sft import PairSet
 from attnzoo.experiments.data.tokenizers import (
@@ -20,6 +21,7 @@ from attnzoo.experiments.data.tokenizers import (
 
 __all__ = [
   "IMAGE_SOURCES",
+  "NOTE_SOURCES",
   "SOURCES",
   "Batch",
   "ByteTokenizer",
@@ -33,10 +35,13 @@ __all__ = [
   "ExampleSet",
   "ImageSet",
   "JsonTokenizer",
+  "NoteSet",
+  "NoteSplit",
   "PairSet",
   "TokenSplit",
   "Tokenizer",
   "TrainBatches",
+  "Vocabulary",
   "bits_per_byte",
   "check_tokenizer",
   "describe_tokenizer",

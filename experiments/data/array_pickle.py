@@ -21,7 +21,7 @@ def read_pickled_arrays(data: bytes) -> dict[str, Any]:
     ValueError: it is cut off, no pickle, or holds something else.
   """
   try:
-    found = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    found = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
   except ValueError:
     raise
   except Exception as error:  # bytes that are no pickle raise almost anything
@@ -29,11 +29,11 @@ def read_pickled_arrays(data: bytes) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise ValueError(f"a pickle of a {type(found).__name__}, not of a dictionary")
   names = (key.decode() if isinstance(key, bytes) else str(key) for key in found)
-  values = (value.array if isinstance(value, _Array) else value for value in found.values())
+  values = (value.array if isinstance(value, PickledArray) else value for value in found.values())
   return dict(zip(names, values, strict=True))
 
 
-class _Array:
+class PickledArray:
   """Stands for an array until its state is read."""
 
   array: np.ndarray
@@ -71,15 +71,15 @@ def _encode(text: str, encoding: str | bytes) -> bytes:
 
 
 _KNOWN = {
-  ("numpy.core.multiarray", "_reconstruct"): _Array,
-  ("numpy._core.multiarray", "_reconstruct"): _Array,
-  ("numpy", "ndarray"): _Array,
+  ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+  ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+  ("numpy", "ndarray"): PickledArray,
   ("numpy", "dtype"): _Dtype,
   ("_codecs", "encode"): _encode,
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in _KNOWN:
       raise ValueError(f"a pickle of {module}.{name}, which is refused: arrays only")

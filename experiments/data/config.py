@@ -5,14 +5,22 @@ import dataclasses
 from attnzoo.experiments.data.errors import refuse, suggest
 
 IMAGE_SOURCES = ("digits", "mnist", "cifar10", "imagenet64", "images")
+NOTE_SOURCES = ("icd10", "mimic3")  # texts with labels: data/notes
 SOURCES = (
   "auto", "stdlib", "text", "enwik8", "wikitext", "pg19", "tokens", "huggingface", "mqar", "sft",
-  *IMAGE_SOURCES,
+  *IMAGE_SOURCES, *NOTE_SOURCES,
 )  # fmt: skip
-_MADE = ("stdlib", "mqar", "digits")  # sources without a path
+_MADE = ("stdlib", "mqar", "digits", "icd10")  # sources without a path
 _LENGTH_KNOWN = ("mqar", *IMAGE_SOURCES)  # the data say how long a row is
 
 MQAR_ORDERS = ("segments", "mixed")
+_CHOICES = dict(  # fields that take one of a few words, and what to know about them
+  mqar_order=(MQAR_ORDERS, "the published runs have 'segments'"),
+  labels=(("50", "full"), "the 50 most frequent codes, or all"),
+  note_rules=(("official", "minimal"), "'minimal' keeps numbers and negations"),
+  difficulty=(("easy", "hard"), "'hard' has longer notes and is for long runs"),
+  cbow_corpus=(("all", "train"), "the published vectors saw 'all' splits"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +28,7 @@ class DataConfig:
   """Where the documents come from, how they become tokens, and how tokens become batches."""
 
   source: str = "auto"  # one of SOURCES; auto looks at `path`: none = stdlib, else by its name
-  path: str = ""  # file or folder of every source but stdlib, mqar and digits
+  path: str = ""  # file or folder of every source but stdlib, mqar, digits and icd10
   validation_path: str = ""  # text, huggingface, sft: held-out documents kept apart by the user
   validation_fraction: float = 0.06  # share of the documents held out where the format has no split
   text_field: str = "text"  # jsonl and huggingface: the field that holds the document
@@ -44,7 +52,14 @@ class DataConfig:
   mqar_power: float = 0.01  # mqar: small asks early, 1 everywhere alike
   mqar_random_fillers: bool = True  # mqar: random ids, not zeros, where nothing is said
   mqar_order: str = "segments"  # mqar: of batches, "segments" one after the other, or "mixed"
-  sequence_length: int = 512  # tokens per row; mqar: 0; pictures: 0, or the values of one
+  split_path: str = ""  # mimic3: folder of the *_hadm_ids.csv of the splits; empty = `path`
+  labels: str = "50"  # mimic3: the "50" most frequent codes, or "full"
+  note_rules: str = "official"  # notes: how texts are cleaned, "official" or "minimal"
+  difficulty: str = "easy"  # icd10: "easy", or "hard" with longer notes
+  embedding: str = "random"  # notes: "random", "cbow" (trained here), or the path of vectors
+  cbow_corpus: str = "all"  # notes: what cbow reads, "all" notes or those of "train"
+  drop_remainder: bool = False  # notes: without the shortest ones that fill no batch of a split
+  sequence_length: int = 512  # tokens per row; mqar: 0; pictures: 0, or one's values; notes: limit
   batch_size: int = 16  # rows per step, over all hosts; a picture is a row
   seed: int = 0  # order and cuts of the training windows; mqar: all numbers of the examples
   workers: int = 1  # threads that assemble batches ahead of the training step; 0 = none
@@ -71,9 +86,15 @@ class DataConfig:
     if self.prompt_field == self.answer_field:
       raise refuse("answer_field", "differ from prompt_field", repr(self.answer_field),
                    "name two fields of the .jsonl")  # fmt: skip
-    if self.mqar_order not in MQAR_ORDERS:
-      raise refuse("mqar_order", f"be one of {MQAR_ORDERS}", repr(self.mqar_order),
-                   "the published runs have 'segments'")  # fmt: skip
+    for name, (choices, hint) in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise refuse(name, f"be one of {choices}", repr(getattr(self, name)), hint)
+    if self.split_path and self.source != "mimic3":
+      raise refuse("split_path", "be empty unless the source is 'mimic3'", repr(self.split_path),
+                   "other sources bring their splits")  # fmt: skip
+    if not self.embedding:
+      raise refuse("embedding", "be 'random', 'cbow' or the path of a file with vectors", "''",
+                   "random vectors are the default")  # fmt: skip
     for name, least in _LEAST.items():
       if name == "sequence_length" and (
         self.source in _LENGTH_KNOWN or self.source == "auto" and self.path

@@ -173,7 +173,7 @@ class EvaluationBatches:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    _check_choice(corpus.splits, split, max_tokens)
+    check_choice(corpus.splits, split, max_tokens)
     if not 0 <= overlap < config.sequence_length:
       raise refuse("overlap", f"lie in 0..{config.sequence_length - 1}", overlap,
                    "it is part of the sequence length")  # fmt: skip
@@ -241,7 +241,7 @@ class OrderedRows:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    _check_choice(splits, split, max_tokens)
+    check_choice(splits, split, max_tokens)
     self._row = rows(splits[split])
     self._count = len(self._row)
     if max_tokens is not None:
@@ -286,7 +286,7 @@ def rows_per_host(batch_size: int, process_index: int, process_count: int) -> in
   return batch_size // process_count
 
 
-def _check_choice(splits: Mapping[str, Any], split: str, max_tokens: int | None) -> None:
+def check_choice(splits: Mapping[str, Any], split: str, max_tokens: int | None) -> None:
   if split not in splits:
     raise refuse("split", f"be one of {sorted(splits)}", repr(split), "see the source")
   if max_tokens is not None and max_tokens < 1:

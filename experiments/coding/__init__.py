@@ -1,0 +1,1 @@
+"""Codes for notes: figures, and what a model is measured against."""
