@@ -27,11 +27,11 @@ _OUT = flags.DEFINE_string("out", "icd10_phrases.json.gz", "File to write.")
 _PACKAGE, _RELEASE = "simple_icd_10_cm", "April 2026"
 _NOTICE = (
   "Titles and inclusion terms of ICD-10-CM (tabular list, April 2026 release), lower-cased,"
-  " shortened and in part left out. ICD-10-CM is made by the National Center for Health"
-  " Statistics (CDC) and the Centers for Medicare & Medicaid Services of the United States,"
-  " which let it be used freely in the United States; it adapts ICD-10, which is copyright of"
-  " the World Health Organization. Read from the Python package simple-icd-10-cm 1.5.0,"
-  " (c) 2021-2026 Stefano Travasci, MIT licence. No patient's text is in it."
+  " shortened and in part left out. ICD-10-CM is published by the National Center for Health"
+  " Statistics (CDC) and the Centers for Medicare & Medicaid Services, agencies of the government"
+  " of the United States; it is an adaptation of ICD-10, whose copyright is the World Health"
+  " Organization's. Read from the Python package simple-icd-10-cm 1.5.0, (c) 2021-2026 Stefano"
+  " Travasci, MIT licence. No patient's text is in it."
 )
 _MOST_WORDS = 14
 _SAYS_NOTHING = frozenset({"nos", "nec", "unspecified", "not"})

@@ -35,7 +35,7 @@ class Checkpoints:
     read_only: bool = False,
   ):
     def goodness(metrics):
-      return -metrics["validation_loss"]
+      return -metrics.get("badness", metrics.get("validation_loss"))  # older runs have the latter
 
     policies = [preservation_policy.LatestN(keep_last)]
     if keep_best:
@@ -75,20 +75,21 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """Step of the lowest validation loss, or the newest where none was evaluated."""
+    """Step of the best evaluation, or the newest where none was evaluated."""
     best = self._manager.best_step()
     return self._manager.latest_step() if best is None else best
 
   def save(
-    self, step: int, state: TrainState, record: dict[str, Any], validation_loss: float | None
+    self, step: int, state: TrainState, record: dict[str, Any], badness: float | None
   ) -> None:
     """Starts saving; returns before the files are written. A step that is there is left alone.
 
+    `badness`: the less the better, such as the validation loss; None: was not evaluated.
     `state.opt_state` may be None, with None as `record["data"]`: weights alone.
     """
     if step in self._manager.all_steps():
       return
-    metrics = None if validation_loss is None else {"validation_loss": float(validation_loss)}
+    metrics = None if badness is None else {"badness": float(badness)}
     parts = {name: part for name, part in state._asdict().items() if part is not None}
     args = ocp.args.Composite(state=ocp.args.StandardSave(parts), record=ocp.args.JsonSave(record))
     self._manager.save(step, args=args, metrics=metrics, force=True)

@@ -14,12 +14,13 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from attnzoo.experiments.data import DataConfig
+from attnzoo.experiments.data import NOTE_SOURCES, DataConfig
 from attnzoo.zoo import models
 
 SCHEDULES = ("cosine", "linear", "warmup_stable_decay", "constant", "inverse_sqrt")
 DECAYED = ("matrices", "weights", "all_but_biases", "everything")
 OPTIMIZERS = ("adamw", "muon", "adafactor")
+CRITERIA = ("loss", "micro_f1", "macro_f1", "micro_auc", "p_at_5")  # to choose checkpoints by
 
 _LARGEST_L2 = 1e-3  # what AdamW takes as weight decay would drown the gradient as part of the loss
 
@@ -86,14 +87,18 @@ class TrainConfig:
   sample_tokens: int = 200  # printed at the end
   checkpoint_every: int = 200  # steps
   keep_last: int = 2  # newest checkpoints kept
-  keep_best: int = 1  # kept beside them, by validation loss
+  keep_best: int = 1  # kept beside them, by `best_by`
+  best_by: str = ""  # one of CRITERIA; empty: micro F1 of notes, loss of all else
+  patience: int = 0  # stop after so many evaluations without a better one; 0 = never
   baselines: bool = False  # print what xz and n-gram models reach on the validation text
 
   def __post_init__(self):
     for name in ("steps", "grad_accumulation", "log_every", "checkpoint_every", "keep_last"):
       if getattr(self, name) < 1:
         _fail("TrainConfig", name, "be at least 1", getattr(self, name), "a count")
-    for name in ("epochs", "eval_every", "eval_tokens", "keep_best", "sample_tokens"):
+    if self.best_by not in ("", *CRITERIA):
+      _fail("TrainConfig", "best_by", f"be one of {CRITERIA}", self.best_by, "or empty")
+    for name in ("epochs", "eval_every", "eval_tokens", "keep_best", "sample_tokens", "patience"):
       if getattr(self, name) < 0:
         _fail("TrainConfig", name, "be at least 0", getattr(self, name), "0 turns it off")
 
@@ -123,6 +128,13 @@ class Experiment:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
+    notes = self.data.source in NOTE_SOURCES
+    if notes != hasattr(self.model, "labels"):
+      rule = "be one of notes" if hasattr(self.model, "labels") else "be of text or pictures"
+      _fail("Experiment", "data.source", f"{rule} for {type(self.model).__name__}",
+            self.data.source, f"notes: {NOTE_SOURCES}")  # fmt: skip
+    if notes and self.mesh.seq > 1:
+      _fail("Experiment", "mesh.seq", "be 1 for notes", self.mesh.seq, "use mesh.data and model")
     if self.data.batch_size % self.train.grad_accumulation:
       _fail(
         "Experiment",

@@ -1,20 +1,27 @@
 """Loss of a model over a split of the data."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from attnzoo.experiments.coding.metrics import CodingMetrics
+from attnzoo.experiments.coding.prediction import make_predict_step, predict
 from attnzoo.experiments.data import (
   Data,
   DataConfig,
   ImageSet,
+  NoteSet,
   bits_per_byte,
   evaluation_batches,
 )
 from attnzoo.experiments.training import state
+from attnzoo.experiments.training.batches import place_batch
+
+_MORE_IS_BETTER = ("micro_f1", "macro_f1", "micro_auc", "p_at_5")  # of config.CRITERIA
 
 
 class Evaluation(NamedTuple):
@@ -25,6 +32,7 @@ class Evaluation(NamedTuple):
   bits_per_byte: float | None  # None where the text's bytes are not known
   bits_per_dim: float | None = None  # of pictures
   word_perplexity: float | None = None  # of whole splits whose source counts words
+  coding: CodingMetrics | None = None  # of notes, at the threshold 0.5
 
   def describe(self) -> str:
     parts = [f"loss {self.loss:.4f}"]
@@ -34,26 +42,52 @@ class Evaluation(NamedTuple):
       parts.append(f"{self.bits_per_dim:.4f} bits per dim")
     if self.word_perplexity is not None:
       parts.append(f"{self.word_perplexity:.2f} perplexity of a word")
+    if self.coding is not None:
+      figures = {"micro F1": self.coding.micro_f1, "macro F1": self.coding.macro_f1}
+      figures |= {"micro AUC": self.coding.micro_auc, "P@5": self.coding.precision_at.get(5)}
+      parts += [f"{name} {value:.4f}" for name, value in figures.items() if value is not None]
     return "  ".join([*parts, f"accuracy {self.accuracy:.1%}"])
+
+  def to_json(self) -> dict[str, object]:
+    coding = None if self.coding is None else self.coding.to_json()
+    return self._asdict() | dict(coding=coding)
+
+  def badness(self, criterion: str) -> float:
+    """By one of config.CRITERIA, or "": micro F1 of notes, loss of everything else. Less is better.
+
+    Raises:
+      ValueError: the data have no such figure.
+    """
+    found = self.badness_of(self.metrics(), criterion)
+    if found is None:
+      raise ValueError(
+        f"train.best_by: must be a figure of these data; got {criterion!r} ('loss' is one of all)"
+      )
+    return found
+
+  def badness_of(self, metrics: Mapping[str, float], criterion: str) -> float | None:
+    """The same of a line of metrics.jsonl; None where it is no evaluation."""
+    name = criterion or ("micro_f1" if self.coding else "loss")
+    value = metrics.get(f"validation_{name}")
+    return -value if value is not None and name in _MORE_IS_BETTER else value
 
   def metrics(self) -> dict[str, float]:
     values = {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
     for name in ("bits_per_byte", "bits_per_dim", "word_perplexity"):
       if getattr(self, name) is not None:
         values[f"validation_{name}"] = getattr(self, name)
+    if self.coding is not None:
+      c = self.coding
+      figures = dict(micro_f1=c.micro_f1, macro_f1=c.macro_f1, micro_auc=c.micro_auc,
+                     macro_auc=c.macro_auc, p_at_5=c.precision_at.get(5))  # fmt: skip
+      values |= {f"validation_{n}": value for n, value in figures.items() if value is not None}
     return values
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's rows, whole in length, as arrays over the whole mesh."""
-  sharding = state.batch_sharding(mesh)
-  _, parts = state.data_part(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(
-      sharding, rows, (rows.shape[0] * parts, *rows.shape[1:])
-    )
-    for name, rows in batch.items()
-  }
+def make_step(parts: state.Parts, corpus: Data) -> Callable:
+  """What `evaluate` runs on each batch, compiled on its first call."""
+  make = make_predict_step if isinstance(corpus, NoteSet) else state.make_eval_step
+  return jax.jit(make(parts))
 
 
 def evaluate(
@@ -72,10 +106,15 @@ def evaluate(
   Of ready-made examples each counts 1, its targets equal parts of that.
 
   Args:
-    eval_step: jitted `state.make_eval_step`.
+    eval_step: `make_step`.
     max_tokens: stop after so many targets; 0 = all.
     overlap: tokens of context that each row repeats from the one before it, without counting them.
   """
+  if isinstance(corpus, NoteSet):
+    options = dict(split=split, max_tokens=max_tokens)
+    found = predict(eval_step, params, corpus, data, mesh, **options)
+    figures = found.metrics(corpus, split)
+    return Evaluation(found.loss, found.accuracy, None, coding=figures)
   part, parts = state.data_part(mesh)
   batches = evaluation_batches(
     corpus,

@@ -12,8 +12,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from attnzoo.experiments.coding.prediction import from_the_data
 from attnzoo.experiments.data import (
   Data,
+  NoteSet,
   TrainBatches,
   check_tokenizer,
   describe_tokenizer,
@@ -29,7 +31,8 @@ from attnzoo.experiments.training import (
   runs,
   state,
 )
-from attnzoo.experiments.training.evaluation import Evaluation, evaluate, place_batch
+from attnzoo.experiments.training.batches import place_batch
+from attnzoo.experiments.training.evaluation import Evaluation, evaluate, make_step
 from attnzoo.zoo import models
 
 _NORM = jax.jit(optax.tree.norm)
@@ -103,12 +106,14 @@ def train(
       current = _resumed(current, restored, batches, workdir)
     elif source:
       current = current._replace(params=runs.starting_weights(source, like.params))
+    elif isinstance(corpus, NoteSet):
+      current = current._replace(params=from_the_data(current.params, corpus))
     if hosts.is_first():
       checkpoints.write_config(workdir, run_record(experiment, corpus))
     first_step, last_step = int(current.step), experiment.train.steps
     if first_step >= last_step:
       last_step = first_step + extend
-    eval_step = jax.jit(state.make_eval_step(parts))
+    eval_step = make_step(parts, corpus)
     run = Run(experiment, workdir, corpus, mesh, parts, eval_step, batches, saved,
               first_step, last_step)  # fmt: skip
     return _run(run, current)
@@ -151,7 +156,7 @@ def _run(run: Run, current: state.TrainState) -> Outcome:
       found = None
       if evaluation is not None and honesty.leaks(run.experiment.model):
         parts = honesty.honest_parts(run.experiment)
-        other = run._replace(eval_step=jax.jit(state.make_eval_step(parts)))
+        other = run._replace(eval_step=make_step(parts, run.corpus))
         found = _evaluate(other, current, max_tokens=0)
   finally:
     progress.close()
@@ -179,6 +184,7 @@ def _steps(run: Run, current: state.TrainState, metrics, progress, stop: Callabl
     log = last or stopping or step % train.log_every == 0
     assess = last or (train.eval_every and step % train.eval_every == 0 and not stopping)
     save = last or stopping or step % train.checkpoint_every == 0
+    worse = False
     if log or assess or save:
       values = _check_finite(run, *pending)
     if log:
@@ -189,14 +195,30 @@ def _steps(run: Run, current: state.TrainState, metrics, progress, stop: Callabl
       metrics.write(step, evaluation.metrics())
       what = honesty.LEAKY if honesty.leaks(run.experiment.model) else "validation"
       progress.say(f"step {step}/{run.last_step}  {what}  {evaluation.describe()}")
+      worse = stalled(reports.read_metrics(run.workdir), evaluation, train)
+      save |= worse
     if save:
       _check_worth_saving(run, step, current, evaluation)
-      loss = None if evaluation is None else evaluation.loss
-      run.saved.save(step, current, {"data": run.batches.get_state().decode()}, loss)
+      badness = None if evaluation is None else evaluation.badness(train.best_by)
+      run.saved.save(step, current, {"data": run.batches.get_state().decode()}, badness)
     progress.pause(time.monotonic() - began)
+    if worse and not last:
+      progress.say(f"no better for {train.patience} evaluations: stops at step {step}")
+      return current, evaluation
     if stopping and not last:
       return current, None
   return current, evaluation
+
+
+def stalled(
+  metrics: list[dict[str, float]], evaluation: Evaluation, train: config.TrainConfig
+) -> bool:
+  """Whether the last `train.patience` evaluations were no better than the best one before."""
+  found = [evaluation.badness_of(values, train.best_by) for values in metrics]
+  found = [badness for badness in found if badness is not None]
+  recent = found[-train.patience :]
+  earlier = found[: -train.patience]
+  return bool(train.patience and earlier) and min(recent) >= min(earlier)
 
 
 def _evaluate(run: Run, current: state.TrainState, max_tokens: int) -> Evaluation:
@@ -277,7 +299,13 @@ def run_record(experiment: config.Experiment, corpus: Data) -> dict[str, Any]:
 
 
 def check_vocabulary(experiment: config.Experiment, corpus: Data) -> None:
-  """Raises ValueError where the data has ids that the model has not."""
+  """Raises ValueError where the data has ids that the model has not, or other labels."""
+  if isinstance(corpus, NoteSet) and len(corpus.labels) != experiment.model.labels:
+    count = len(corpus.labels)
+    raise ValueError(
+      f"train: model.labels must be the data's {count}; got {experiment.model.labels} (set"
+      f" --config.model.labels={count})"
+    )
   if corpus.vocab_size > experiment.model.vocab_size:
     raise ValueError(
       f"train: model.vocab_size must be at least the data's {corpus.vocab_size}; got"

@@ -124,6 +124,23 @@ def check_schedule(found: dict[str, Schedule], kernel: str, limits: tuple[int, f
   assert schedule.spills <= spills, (kernel, schedule)
 
 
+def check_schedules(
+  file: str, operator: str, name: str, chip: str, dtype: str, limits: dict[str, tuple]
+) -> None:
+  """Runs `check_compiled(BY_NAME[name], dtype, chip)` of a test file in a child process.
+
+  Then holds the schedules of its kernels, `operator`_forward for the key "forward", to `limits`.
+  """
+  path = pathlib.Path(file)
+  found = schedules(
+    f"import sys; sys.path.insert(0, {str(path.parent)!r})\n"
+    f"import jax.numpy as jnp, {path.stem} as test\n"
+    f"test.check_compiled(test.BY_NAME[{name!r}], jnp.{dtype}, {chip!r})"
+  )
+  for which, limit in limits.items():
+    check_schedule(found, f"{operator}_{which}", limit)
+
+
 def _read_schedule(file: pathlib.Path) -> Schedule:
   """Line 2 names the issue slots, line 3 how many of each there are, then one line a bundle."""
   lines = file.read_text().splitlines()

@@ -21,9 +21,8 @@ from attnzoo.pallas_kernels.routed_attention import (
 from attnzoo.pallas_kernels.routed_attention.attend import Extras
 from attnzoo.pallas_kernels.routed_attention.members import gather_own, top_members
 from attnzoo.pallas_kernels.routed_attention.state import Tokens
-from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.marks import slow_but
-from attnzoo_testing.numerics import assert_as_exact
+from attnzoo_testing.problem import Problem
 
 KERNEL = dict(implementation="tpu", interpret=True)
 
@@ -81,16 +80,7 @@ def problem(
 
 def compare(arrays, call, **how):
   """Output and gradients: at most twice the error of the portable path in the same dtype."""
-  dtype = arrays["query"].dtype
-  cotangent = cotangents(functools.partial(call, implementation="xla"), arrays)
-  cotangent = tuple(np.asarray(c, dtype).astype(np.float64) for c in cotangent)
-  run = lambda arrays, **how: results_and_gradients(  # noqa: E731
-    functools.partial(call, **how), arrays, cotangent, ("output",)
-  )
-  with jax.enable_x64(True):
-    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
-    truth = run(wide, implementation="reference")
-  assert_as_exact(run(arrays, **KERNEL | how), run(arrays, implementation="xla"), truth, dtype)
+  Problem(call, arrays).check(**KERNEL | how)
 
 
 CASES = dict(
@@ -261,30 +251,12 @@ FAULTS = {
 
 @functools.cache
 def small():
-  """A problem, and what the portable path and the definition make of it."""
   arrays, call = problem(limit=12)
-  cotangent = cotangents(functools.partial(call, implementation="xla"), arrays)
-  run = lambda arrays, how: results_and_gradients(  # noqa: E731
-    functools.partial(call, implementation=how), arrays, cotangent, ("output",)
-  )
-  narrow = run(arrays, "xla")
-  with jax.enable_x64(True):
-    truth = run({n: x.astype(np.float64) for n, x in arrays.items()}, "reference")
-  return arrays, call, cotangent, narrow, truth
-
-
-def attempt(which):
-  arrays, call, cotangent, narrow, truth = small()
-  kernel = functools.partial(call, **KERNEL)
-  if which == "output":
-    got = {"output": jax.jit(kernel)(**arrays)[0]}
-  else:
-    got = results_and_gradients(kernel, arrays, cotangent, ("output",))
-  assert_as_exact(got, narrow, {name: truth[name] for name in got}, np.float32)
+  return Problem(call, arrays)
 
 
 def test_no_fault():
-  attempt("gradients")
+  small().check(**KERNEL)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +265,7 @@ def test_no_fault():
   ids=lambda fault: fault.__name__,
 )
 def test_fault_is_found(fault, monkeypatch):
-  small()  # before the fault is planted
+  prepared = small()  # before the fault is planted
   fault(monkeypatch)
   with pytest.raises(AssertionError, match=rf"{FAULTS[fault]}: error"):
-    attempt(FAULTS[fault])
+    prepared.check(FAULTS[fault], **KERNEL)

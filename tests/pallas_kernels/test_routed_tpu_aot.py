@@ -1,7 +1,5 @@
 """The TPU kernels of routed attention, compiled for absent TPUs."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,11 +18,10 @@ from attnzoo.pallas_kernels.routed_attention.cases import (
 from attnzoo.pallas_kernels.routed_attention.state import Tokens
 from attnzoo_testing.marks import slow_but
 from attnzoo_testing.tpu_aot import (
-  check_schedule,
+  check_schedules,
   compile_for_tpu,
   kernels,
   needs_libtpu,
-  schedules,
 )
 
 BY_NAME = {case.name: case for case in CASES}
@@ -109,23 +106,15 @@ SCHEDULES = {
   },
 }
 
-_CHILD = """
-import jax.numpy as jnp
-from test_routed_tpu_aot import BY_NAME, check_compiled
-check_compiled(BY_NAME[{name!r}], jnp.{dtype}, {chip!r})
-"""
-
 
 @needs_libtpu
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(
   ("name", "chip", "dtype"), slow_but(SCHEDULES, ("layer_imagenet", "v5p", "bfloat16"))
 )
-def test_compiled(name, chip, dtype, monkeypatch):
-  monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
-  found = schedules(_CHILD.format(name=name, chip=chip, dtype=dtype))
-  for which, limits in SCHEDULES[name, chip, dtype].items():
-    check_schedule(found, f"routed_attention_{which}", limits)
+def test_compiled(name, chip, dtype):
+  limits = SCHEDULES[name, chip, dtype]
+  check_schedules(__file__, "routed_attention", name, chip, dtype, limits)
 
 
 @needs_libtpu

@@ -22,10 +22,9 @@ from attnzoo.pallas_kernels.softplus_attention import (
   tpu_vjp,
 )
 from attnzoo.pallas_kernels.tpu_sizes import round_up
-from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.marks import slow_but
-from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.oracle import Oracle
+from attnzoo_testing.problem import Problem
 
 ORACLE = Oracle(cases.operator, cases, cases.RESULTS)
 KERNEL = dict(implementation="tpu", interpret=True)
@@ -61,20 +60,7 @@ def tokens(length=50, heads=2, groups=1, dim=8, dtype=np.float32, batch=1, seed=
 
 def compare(inputs, **options):
   """Output and gradients: at most twice the error of the portable path in the same dtype."""
-  dtype = inputs["query"].dtype
-  call = functools.partial(only_output, **options)
-  cotangent = cotangents(functools.partial(call, implementation="xla"), inputs)
-  cotangent = tuple(np.asarray(c, dtype).astype(np.float64) for c in cotangent)
-
-  def run(arrays, **rest):
-    return results_and_gradients(functools.partial(call, **rest), arrays, cotangent, ("output",))
-
-  with jax.enable_x64(True):
-    wide = {n: x.astype(np.float64) if x.dtype == dtype else x for n, x in inputs.items()}
-    truth = run(wide, implementation="reference")
-  got = run(inputs, **KERNEL)
-  assert_as_exact(got, run(inputs, implementation="xla"), truth, dtype)
-  return got
+  Problem(functools.partial(only_output, **options), inputs).check(**KERNEL)
 
 
 NEAR_ONE = dict(eps_first=1e-3, eps_second=0.05, power=3.0)  # an epsilon that matters
@@ -316,30 +302,12 @@ FAULTS = {
 
 @functools.cache
 def small():
-  """Inputs of three blocks, and what the portable path and the definition make of them."""
-  inputs = tokens(80, groups=2)
-  cotangent = cotangents(functools.partial(only_output, implementation="xla"), inputs)
-  run = lambda arrays, how: results_and_gradients(  # noqa: E731
-    functools.partial(only_output, implementation=how), arrays, cotangent, ("output",)
-  )
-  narrow = run(inputs, "xla")
-  with jax.enable_x64(True):
-    truth = run({n: x.astype(np.float64) for n, x in inputs.items()}, "reference")
-  return inputs, cotangent, narrow, truth
-
-
-def attempt(which):
-  inputs, cotangent, narrow, truth = small()
-  kernel = functools.partial(only_output, **KERNEL)
-  if which == "output":
-    got = {"output": jax.jit(kernel)(**inputs)[0]}
-  else:
-    got = results_and_gradients(kernel, inputs, cotangent, ("output",))
-  assert_as_exact(got, narrow, {name: truth[name] for name in got}, np.float32)
+  """Three blocks."""
+  return Problem(only_output, tokens(80, groups=2))
 
 
 def test_no_fault():
-  attempt("gradients")
+  small().check(**KERNEL)
 
 
 @pytest.mark.parametrize(
@@ -348,10 +316,10 @@ def test_no_fault():
   ids=lambda fault: fault.__name__,
 )
 def test_fault_is_found(fault, monkeypatch):
-  small()  # before the fault is planted
+  problem = small()  # before the fault is planted
   fault(monkeypatch)
   with pytest.raises(AssertionError, match=rf"{FAULTS[fault]}: error"):
-    attempt(FAULTS[fault])
+    problem.check(FAULTS[fault], **KERNEL)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The TPU kernels of softplus attention, compiled for absent TPUs."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,12 +16,11 @@ from attnzoo.pallas_kernels.softplus_attention.cases import (
 )
 from attnzoo_testing.marks import slow_but
 from attnzoo_testing.tpu_aot import (
-  check_schedule,
+  check_schedules,
   compile_for_tpu,
   kernels,
   layout_copies,
   needs_libtpu,
-  schedules,
 )
 
 BY_NAME = {case.name: case for case in CASES}
@@ -128,21 +125,13 @@ QUICK = (
   ("ragged_packed", "v5p", "bfloat16"),
 )
 
-_CHILD = """
-import jax.numpy as jnp
-from test_softplus_tpu_aot import BY_NAME, check_compiled
-check_compiled(BY_NAME[{name!r}], jnp.{dtype}, {chip!r})
-"""
-
 
 @needs_libtpu
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(("name", "chip", "dtype"), slow_but(SCHEDULES, *QUICK))
-def test_compiled(name, chip, dtype, monkeypatch):
-  monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
-  found = schedules(_CHILD.format(name=name, chip=chip, dtype=dtype))
-  for which, limits in SCHEDULES[name, chip, dtype].items():
-    check_schedule(found, f"softplus_attention_{which}", limits)
+def test_compiled(name, chip, dtype):
+  limits = SCHEDULES[name, chip, dtype]
+  check_schedules(__file__, "softplus_attention", name, chip, dtype, limits)
 
 
 @needs_libtpu

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from attnzoo.experiments.data.documents import digest
+from attnzoo.experiments.data.errors import refuse, suggest
 from attnzoo.experiments.data.notes.cleaning import clean, stemmer_name
 from attnzoo.experiments.data.notes.sets import NoteSet, NoteSplit
 from attnzoo.experiments.data.notes.vocabulary import Vocabulary
@@ -205,8 +206,13 @@ def make_notes(difficulty: str, split: str, count: int | None = None) -> list[No
   Args:
     difficulty: a key of DIFFICULTIES.
     split: train, validation or test.
+
+  Raises:
+    DataError: there is no such difficulty or split.
   """
-  task = DIFFICULTIES[difficulty]
+  task = _task(difficulty)
+  if split not in SEEDS:
+    raise refuse("split", "be known", repr(split), suggest(split, SEEDS))
   labels = [code for block in task.blocks for code in block]
   table = phrase_table()
   phrases = {code: divide(code, table["labels"][code]["phrases"]) for code in labels}
@@ -240,6 +246,12 @@ def make_notes(difficulty: str, split: str, count: int | None = None) -> list[No
     return Note(text, asserted)
 
   return [note() for _ in range(task.sizes[split] if count is None else count)]
+
+
+def _task(difficulty: str) -> Difficulty:
+  if difficulty not in DIFFICULTIES:
+    raise refuse("difficulty", "be known", repr(difficulty), suggest(difficulty, DIFFICULTIES))
+  return DIFFICULTIES[difficulty]
 
 
 def _labels(
@@ -290,8 +302,11 @@ def load_assertions(
     rules: of `clean`.
     longest: tokens of a note that are kept.
     sizes: notes of each split, where fewer than usual are wanted.
+
+  Raises:
+    DataError: unknown difficulty or rules; the package for stems is missing.
   """
-  task, table = DIFFICULTIES[difficulty], phrase_table()["labels"]
+  task, table = _task(difficulty), phrase_table()["labels"]
   labels = tuple(sorted(code for block in task.blocks for code in block))
   known = {code: {_words(p, rules) for p in own} for code, own in label_phrases(labels).items()}
   notes = {name: make_notes(difficulty, name, size) for name, size in (sizes or task.sizes).items()}

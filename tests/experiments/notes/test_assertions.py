@@ -1,5 +1,6 @@
 """The made-up notes: always the same, true to their labels, and not solved without polarity."""
 
+import dataclasses
 import hashlib
 import re
 
@@ -9,6 +10,7 @@ import pytest
 from attnzoo.experiments import make_icd10_phrases
 from attnzoo.experiments.coding import baselines
 from attnzoo.experiments.data import DataConfig, DataError, load_data
+from attnzoo.experiments.data import notes as notes_package
 from attnzoo.experiments.data.notes import assertions
 from attnzoo.experiments.data.notes.cleaning import clean
 
@@ -185,16 +187,37 @@ def test_notes_are_cut_and_rules_kept():
   assert other.fingerprint != notes.fingerprint
 
 
-def test_vectors_come_with_the_notes(small, monkeypatch, tmp_path):
+@pytest.fixture
+def short_task(monkeypatch):
+  task = assertions.DIFFICULTIES["easy"]._replace(sizes=SMALL)
+  monkeypatch.setitem(assertions.DIFFICULTIES, "easy", task)
+
+
+def test_vectors_of_a_file(small, short_task, tmp_path):
   path = tmp_path / "vectors.txt"
   path.write_text("deni 3 4\n")
-  monkeypatch.setitem(assertions.DIFFICULTIES, "easy",
-                      assertions.DIFFICULTIES["easy"]._replace(sizes=SMALL))  # fmt: skip
   notes = load_data(DataConfig(source="icd10", embedding=str(path)))
   assert notes.fingerprint == small.fingerprint
   assert notes.embedding.shape == (small.vocab_size, 2)
   np.testing.assert_allclose(notes.embedding[notes.vocabulary.ids["deni"]], [0.6, 0.8])
   assert load_data(DataConfig(source="icd10")).embedding is None
+
+
+def test_trained_vectors_are_kept(short_task, monkeypatch, tmp_path):
+  given = []
+
+  def train(sentences, vocabulary, *, seed):
+    given.append((len(sentences), seed))
+    return np.full((len(vocabulary), 3), len(given), np.float32)
+
+  monkeypatch.setattr(notes_package, "train_cbow", train)
+  config = DataConfig(source="icd10", embedding="cbow", seed=5)
+  for _ in range(2):
+    assert load_data(config, tmp_path).embedding[0, 0] == 1
+  train_only = dataclasses.replace(config, cbow_corpus="train")
+  assert load_data(train_only, tmp_path).embedding[0, 0] == 2
+  assert load_data(config).embedding[0, 0] == 3  # nowhere to keep them
+  assert given == [(420, 5), (300, 5), (420, 5)]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +237,13 @@ def test_vectors_come_with_the_notes(small, monkeypatch, tmp_path):
 def test_unsuitable_configurations(options, message):
   with pytest.raises(DataError, match=re.escape(message)):
     DataConfig(**dict(source="icd10") | options)
+
+
+def test_unknown_names():
+  with pytest.raises(DataError, match="difficulty must be known; got 'hrad' .did you mean 'hard'"):
+    assertions.load_assertions("hrad")
+  with pytest.raises(DataError, match="split must be known; got 'dev'"):
+    assertions.make_notes("easy", "dev")
 
 
 @pytest.mark.slow
