@@ -12,9 +12,10 @@ import jax
 from absl import flags
 
 from attnzoo.experiments import command_line
-from attnzoo.experiments.data import ExampleSet, check_tokenizer, load_data
+from attnzoo.experiments.coding import report
+from attnzoo.experiments.data import ExampleSet, NoteSet, check_tokenizer, load_data
 from attnzoo.experiments.training import config, honesty, loop, recall, runs, state
-from attnzoo.experiments.training.evaluation import evaluate
+from attnzoo.experiments.training.evaluation import evaluate, make_step
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/stdlib_small", "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, last or the number of a step.")
@@ -53,7 +54,7 @@ def main(_) -> None:
 
   def measure(parts):
     return evaluate(
-      jax.jit(state.make_eval_step(parts)),
+      make_step(parts, corpus),
       run.params,
       corpus,
       data,
@@ -64,15 +65,22 @@ def main(_) -> None:
     )
 
   result = measure(run.parts)
-  record = dict(step=run.step, split=_SPLIT.value, **result._asdict())
+  record = dict(step=run.step, split=_SPLIT.value, **result.to_json())
   what = f"step {run.step}, {_SPLIT.value} of {corpus.name}"
   if honesty.leaks(run.experiment.model):
     found = measure(honesty.honest_parts(run.experiment))
     print(f"{what}, {honesty.HONEST}: {found.describe()}")
     print(f"{what}, {honesty.LEAKY}: {result.describe()} (no likelihood: sees later tokens)")
-    record |= {honesty.HONEST: found._asdict(), honesty.LEAKY: result._asdict()}
+    record |= {honesty.HONEST: found.to_json(), honesty.LEAKY: result.to_json()}
   else:
     print(f"{what}: {result.describe()}")
+  if isinstance(corpus, NoteSet):
+    step = make_step(run.parts, corpus)
+    tried = report.try_model("this model", step, run.params, corpus, data, mesh, split=_SPLIT.value)
+    print(report.table([tried.system], _SPLIT.value))
+    for name, value in tried.recall.items():
+      print(f"recall of codes that are said in {name}  {value:.4f}")
+    record |= report.to_json([tried.system], tried.recall)
   if isinstance(corpus, ExampleSet):
     found = recall.measure(run.parts, run.params, corpus, data, split=_SPLIT.value)
     print(f"recall, and by distance of the query from its key\n{found.describe()}")

@@ -30,6 +30,20 @@ def load_tile(
 
 
 @triton.jit
+def put_tile(
+  pointer, rows, columns, x, row_end,
+  H: tl.constexpr, DIM: tl.constexpr, ROWS_FULL: tl.constexpr, COLUMNS_FULL: tl.constexpr,
+):  # fmt: skip
+  """The inverse of `load_tile`; rounds."""
+  tile = pointer + rows[:, None] * (H * DIM) + columns[None, :]
+  x = x.to(pointer.dtype.element_ty)
+  if ROWS_FULL and COLUMNS_FULL:
+    tl.store(tile, x)
+  else:
+    tl.store(tile, x, mask=(rows[:, None] < row_end) & (columns[None, :] < DIM))
+
+
+@triton.jit
 def segment_before(segments, position, length):
   """Document of the last real token before `position`; 0, the initial state's, at the start."""
   last = tl.minimum(position, length) - 1

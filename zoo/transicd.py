@@ -184,7 +184,7 @@ def parameter_count(config: TransICDConfig) -> int:
 
 _MIMIC: dict[str, Any] = dict(vocab_size=123_918, labels=50, freeze_embedding=True)
 # The embedded task: short notes, so a small model; its vocabulary has fewer words than this.
-_SMALL: dict[str, Any] = dict(vocab_size=5120, labels=50, features=64, heads=4, max_length=128)
+_SMALL: dict[str, Any] = dict(vocab_size=5120, labels=50, features=64, heads=4, max_length=160)
 _MEAN: dict[str, Any] = dict(pool="mean", margin=0.0)
 _GRU: dict[str, Any] = dict(encoder="gru", pool="last", margin=0.0)
 PRESETS: dict[str, TransICDConfig] = {

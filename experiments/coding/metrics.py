@@ -14,6 +14,7 @@ predicted where p > threshold; TP, FP and FN count cells.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -55,6 +56,13 @@ class CodingMetrics:
     record = dataclasses.asdict(self)
     precision = {str(k): value for k, value in self.precision_at.items()}
     return record | dict(precision_at=precision, codes=list(record["codes"]))
+
+  @classmethod
+  def from_json(cls, record: Mapping[str, Any]) -> "CodingMetrics":
+    """Reads `to_json` back."""
+    precision = {int(k): value for k, value in record["precision_at"].items()}
+    codes = tuple(CodeScores(**code) for code in record["codes"])
+    return cls(**(dict(record) | dict(precision_at=precision, codes=codes)))
 
   def describe(self) -> str:
     """One line."""

@@ -3,7 +3,7 @@
 Command   python -m attnzoo.experiments.train --config=transicd_icd10
           --config=transicd_icd10:transicd-mean-small, -bce-small, -gru-small: the ablations
 Paper     TransICD (2021), at small size; the task is this project's own (data/notes/assertions.py):
-          a code counts where a note affirms it, not where it is denied, a relative's, or a sibling's
+          a code counts where a note affirms it, not where it is denied or a relative's
 Expected  not measured here yet
 Hardware  2 CPU cores, minutes
 """
@@ -17,7 +17,7 @@ def get_config(preset: str = "transicd-small"):
   return config.to_config_dict(
     config.Experiment(
       model=zoo.get_config(preset),
-      data=DataConfig(source="icd10", sequence_length=128, batch_size=16),
+      data=DataConfig(source="icd10", sequence_length=160, batch_size=16),
       optimizer=config.OptimizerConfig(
         learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.01,
         decayed="everything", beta2=0.999, clip_norm=0.0,

@@ -7,17 +7,19 @@ import pathlib
 import numpy as np
 
 from attnzoo.experiments import baselines
+from attnzoo.experiments.coding import report
 from attnzoo.experiments.data import (
   DataConfig,
   DataError,
   ExampleSet,
   ImageSet,
+  NoteSet,
   PairSet,
   read_text,
 )
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.image_grid import write_grid
-from attnzoo.experiments.training import honesty, recall, reports, state
+from attnzoo.experiments.training import honesty, recall, reports, runs, state
 from attnzoo.experiments.training.evaluation import Evaluation
 from attnzoo.experiments.training.loop import Outcome, Run
 
@@ -35,6 +37,9 @@ def finish(outcome: Outcome) -> None:
     reports.draw_curves(run.workdir)
     return
   evaluation = outcome.evaluation
+  if isinstance(run.corpus, NoteSet):
+    _finish_notes(outcome, run.corpus)
+    return
   marks = {}
   if run.experiment.train.baselines:
     try:
@@ -42,9 +47,9 @@ def finish(outcome: Outcome) -> None:
     except DataError as error:  # token files have no text; the run is complete all the same
       print(f"no baselines: {error}")
   print(_table(evaluation, outcome.honest, marks))
-  record = dict(step=int(outcome.state.step), **evaluation._asdict(), baselines=marks)
+  record = dict(step=int(outcome.state.step), **evaluation.to_json(), baselines=marks)
   if outcome.honest is not None:
-    record |= {honesty.LEAKY: evaluation._asdict(), honesty.HONEST: outcome.honest._asdict()}
+    record |= {honesty.LEAKY: evaluation.to_json(), honesty.HONEST: outcome.honest.to_json()}
   # Parts of the parameters lie with other processes: those have no part in this.
   here = all(x.is_fully_addressable for x in outcome.state.params.values())
   if isinstance(run.corpus, ExampleSet) and here:
@@ -60,6 +65,32 @@ def finish(outcome: Outcome) -> None:
   if run.experiment.train.sample_tokens and isinstance(run.corpus, ImageSet) and here:
     print(f"samples {_draw(outcome, run.corpus)}")
   print(f"curves {curves}\nmetrics {run.workdir / reports.METRICS_FILE}")
+  print(f"checkpoints {run.workdir / 'checkpoints'}")
+
+
+def _finish_notes(outcome: Outcome, notes: NoteSet) -> None:
+  """The last model and the best one on the test split, beside what is no neural network."""
+  run, evaluation = outcome.run, outcome.evaluation
+  params = {f"this model, step {int(outcome.state.step)}": outcome.state.params}
+  best = runs.load(run.workdir, "best")
+  if best.step != int(outcome.state.step):
+    params[f"this model, best on validation (step {best.step})"] = best.params
+  tried = [
+    report.try_model(name, run.eval_step, weights, notes, run.experiment.data, run.mesh)
+    for name, weights in params.items()
+  ]
+  systems = [one.system for one in tried]
+  if run.experiment.train.baselines:
+    systems = report.try_baselines(notes, run.workdir / BASELINES_FILE) + systems
+  print(f"\n{report.table(systems)}")
+  for name, value in tried[-1].recall.items():
+    print(f"recall of codes that are said in {name}  {value:.4f}")
+  record = dict(step=int(outcome.state.step), **evaluation.to_json())
+  record |= report.to_json(systems, tried[-1].recall)
+  (run.workdir / RESULT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+  files = report.write_codes(run.workdir, tried[-1].system.tuned)
+  print("\n" + "\n".join(f"codes {file}" for file in files))
+  print(f"curves {reports.draw_curves(run.workdir)}\nmetrics {run.workdir / reports.METRICS_FILE}")
   print(f"checkpoints {run.workdir / 'checkpoints'}")
 
 

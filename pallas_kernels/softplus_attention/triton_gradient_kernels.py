@@ -20,7 +20,7 @@ Import this module only where a GPU is compiled for: it imports triton.
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tile
+from ..triton_tiles import load_tile, put_tile
 from .triton_kernels import (
   documents_of_keys,
   first_stage,
@@ -29,7 +29,6 @@ from .triton_kernels import (
   load_keys,
   powers,
   products,
-  put_tile,
   row_block,
   second_total,
   softplus,

@@ -12,7 +12,7 @@ constants (jax knows them), so strides need no arguments and aligned shapes need
 import triton
 import triton.language as tl
 
-from ..triton_tiles import load_tile
+from ..triton_tiles import load_tile, put_tile
 
 
 @triton.jit
@@ -194,20 +194,6 @@ def keys_of_rows(
     one = (earliest == latest) & ((earliest > 0) | (S == T))
     free = tl.where(one, (latest + TILE - 1) // TILE * TILE, S)
   return own, low, free, whole, stop
-
-
-@triton.jit
-def put_tile(
-  pointer, rows, columns, x, row_end,
-  H: tl.constexpr, DIM: tl.constexpr, ROWS_FULL: tl.constexpr, COLUMNS_FULL: tl.constexpr,
-):  # fmt: skip
-  """The inverse of `load_tile`; rounds."""
-  tile = pointer + rows[:, None] * (H * DIM) + columns[None, :]
-  x = x.to(pointer.dtype.element_ty)
-  if ROWS_FULL and COLUMNS_FULL:
-    tl.store(tile, x)
-  else:
-    tl.store(tile, x, mask=(rows[:, None] < row_end) & (columns[None, :] < DIM))
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def test_bfloat16_against_float64():
 
 def test_little_vmem(monkeypatch):
   """Labels that come back for every span; each document and span has a share of d_query."""
-  monkeypatch.setattr(tpu_tuning, "vmem_bytes", lambda: 150_000)
+  monkeypatch.setattr(tpu_tuning, "vmem_bytes", lambda: 80_000)
   plan = plan_of(300, 2, 130, 16, 8)
   assert min(plan.blocks, plan.spans) > 1
   assert not plan.resident

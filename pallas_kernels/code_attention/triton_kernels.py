@@ -1,0 +1,164 @@
+"""The forward kernels of label-wise attention for NVIDIA GPUs, and what the backward kernels share.
+
+A program has a block of labels and goes over blocks of tokens with a running maximum. Scores are in
+base 2. Which blocks have real tokens is a list made beforehand, so that the loop has no branch that
+would keep loads and products from overlapping, and every block that it meets has a finite maximum.
+Where labels are few, several programs share the tokens of a document, and a second kernel joins
+what they found.
+
+Import this module only where a GPU is compiled for: it imports triton. Sizes are compile-time
+constants (jax knows them), so strides need no arguments and aligned shapes need no masks.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_tiles import load_tile, put_tile
+
+
+@triton.jit
+def load_rows(
+  pointer, begin, SIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+  """[ROWS, BLOCK] of a [SIZE, DIM] array, from row `begin` on; what lies outside reads as 0."""
+  return load_tile(
+    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK), SIZE - begin, 1, DIM,
+    SIZE % ROWS == 0, DIM == BLOCK,
+  )  # fmt: skip
+
+
+@triton.jit
+def put_rows(
+  pointer, begin, x, SIZE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+  """The inverse of `load_rows`; rounds."""
+  put_tile(
+    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK), x, SIZE - begin, 1, DIM,
+    SIZE % ROWS == 0, DIM == BLOCK,
+  )  # fmt: skip
+
+
+@triton.jit
+def share_of_blocks(
+  filled, batch, split, T: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+  MASKED: tl.constexpr,
+):  # fmt: skip
+  """Range of a document's blocks with real tokens that are a split's."""
+  count = (T + TILE - 1) // TILE
+  if MASKED:
+    count = tl.load(filled + batch)
+  return count * split // SPLITS, count * (split + 1) // SPLITS
+
+
+@triton.jit
+def block_start(blocks, index, TILE: tl.constexpr, MASKED: tl.constexpr):
+  """First token of a block with real tokens."""
+  if MASKED:
+    return tl.load(blocks + index) * TILE
+  return index * TILE
+
+
+@triton.jit
+def scores(
+  q, k, real, start, T: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr,
+  MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+  """[ROWS, TILE] in base 2, -inf where a token is not real."""
+  x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
+  slots = start + tl.arange(0, TILE)
+  if MASKED:
+    seen = tl.load(real + slots, mask=slots < T, other=0) != 0
+    x = tl.where(seen[None, :], x, -float("inf"))
+  elif T % TILE != 0:
+    x = tl.where((slots < T)[None, :], x, -float("inf"))
+  return x
+
+
+@triton.jit
+def put_results(
+  output, wide, lse, place, begin, acc, summed, top,
+  L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, V_BLOCK: tl.constexpr,
+  STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+  """Stores rows: sums over weights, unrounded if WIDE, and log2 of the weights' sum."""
+  some = summed > 0.0
+  result = acc / tl.where(some, summed, 1.0)[:, None]
+  put_rows(output + place * L * V, begin, result, L, V, ROWS, V_BLOCK)
+  if WIDE:
+    put_rows(wide + place * L * V, begin, result, L, V, ROWS, V_BLOCK)
+  if STATISTICS:
+    rows = begin + tl.arange(0, ROWS)
+    log = tl.where(some, top + tl.log2(tl.where(some, summed, 1.0)), -float("inf"))
+    tl.store(lse + place * L + rows, log, mask=rows < L)
+
+
+@triton.jit
+def forward_kernel(
+  query, key, value, real, blocks, filled,
+  output, wide, lse,
+  L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+  TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+  SCALE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+  PRECISION: tl.constexpr,
+):  # fmt: skip
+  """What labels read from a split of a document's tokens: grid (label blocks, B * SPLITS).
+
+  `output` and `wide` are [B, SPLITS, L, V], `lse` [B, SPLITS, L]; of a split without tokens 0, 0
+  and -inf. `real` is [B, T]; `blocks` [B, T / TILE] has those with real tokens first, `filled` [B]
+  says how many they are.
+  """
+  begin = tl.program_id(0) * ROWS
+  place = tl.program_id(1).to(tl.int64)
+  batch = place // SPLITS
+  low, high = share_of_blocks(filled, batch, place % SPLITS, T, TILE, SPLITS, MASKED)
+  real += batch * T
+  blocks += batch * ((T + TILE - 1) // TILE)
+  key += batch * T * K
+  value += batch * T * V
+  q = load_rows(query, begin, L, K, ROWS, K_BLOCK)
+  top = tl.full((ROWS,), -float("inf"), tl.float32)
+  summed = tl.zeros((ROWS,), tl.float32)
+  acc = tl.zeros((ROWS, V_BLOCK), tl.float32)
+  for index in range(low.to(tl.int32), high.to(tl.int32)):
+    start = block_start(blocks, index, TILE, MASKED)
+    k = load_rows(key, start, T, K, TILE, K_BLOCK)
+    v = load_rows(value, start, T, V, TILE, V_BLOCK)
+    x = scores(q, k, real, start, T, TILE, SCALE, MASKED, PRECISION)
+    larger = tl.maximum(top, tl.max(x, 1))
+    shrink = tl.exp2(top - larger)
+    weights = tl.exp2(x - larger[:, None])
+    summed = summed * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    top = larger
+  put_results(
+    output, wide, lse, place, begin, acc, summed, top, L, V, ROWS, V_BLOCK, STATISTICS, WIDE
+  )
+
+
+@triton.jit
+def join_kernel(
+  parts, part_lse,
+  output, wide, lse,
+  L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, V_BLOCK: tl.constexpr,
+  SPLITS: tl.constexpr, STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+  """Joins what splits of a document gave: grid (label blocks, B)."""
+  begin = tl.program_id(0) * ROWS
+  batch = tl.program_id(1).to(tl.int64)
+  rows = begin + tl.arange(0, ROWS)
+  part_lse += batch * SPLITS * L + rows
+  top = tl.full((ROWS,), -float("inf"), tl.float32)
+  for split in range(SPLITS):
+    top = tl.maximum(top, tl.load(part_lse + split * L, mask=rows < L, other=-float("inf")))
+  top = tl.where(top == -float("inf"), 0.0, top)
+  summed = tl.zeros((ROWS,), tl.float32)
+  acc = tl.zeros((ROWS, V_BLOCK), tl.float32)
+  for split in range(SPLITS):
+    log = tl.load(part_lse + split * L, mask=rows < L, other=-float("inf"))
+    weight = tl.exp2(log - top)
+    part = load_rows(parts + (batch * SPLITS + split) * L * V, begin, L, V, ROWS, V_BLOCK)
+    summed += weight
+    acc += weight[:, None] * part
+  put_results(
+    output, wide, lse, batch, begin, acc, summed, top, L, V, ROWS, V_BLOCK, STATISTICS, WIDE
+  )
