@@ -84,7 +84,7 @@ def from_the_data(params: state.Params, notes: NoteSet) -> state.Params:
   Raises:
     ValueError: vectors of another width than the model's.
   """
-  changed = dict(margins=label_margins(notes.label_counts))
+  changed: dict[str, Any] = dict(margins=label_margins(notes.label_counts))
   table = params["embedding"]
   if notes.embedding is not None:
     if notes.embedding.shape[1] != table.shape[1]:

@@ -69,6 +69,7 @@ def try_baselines(notes: NoteSet, file: pathlib.Path) -> list[System]:
     stored = json.loads(file.read_text()) if file.exists() else {}
   except ValueError:  # written by a run that was killed
     stored = {}
+  systems: list[dict[str, Any]] = stored.get("systems", [])
   if stored.get("notes") != notes.fingerprint:
     found = [
       baselines.label_frequency(notes),
@@ -79,11 +80,10 @@ def try_baselines(notes: NoteSet, file: pathlib.Path) -> list[System]:
       dict(name=b.name, plain=b.plain["test"].to_json(), tuned=b.tuned["test"].to_json())
       for b in found
     ]
-    stored = dict(notes=notes.fingerprint, systems=systems)
-    file.write_text(json.dumps(stored, indent=2) + "\n")
+    file.write_text(json.dumps(dict(notes=notes.fingerprint, systems=systems), indent=2) + "\n")
   return [
     System(one["name"], *(CodingMetrics.from_json(one[part]) for part in ("plain", "tuned")))
-    for one in stored["systems"]
+    for one in systems
   ]
 
 

@@ -23,7 +23,7 @@ def get_config(preset: str = "transicd-small"):
         decayed="everything", beta2=0.999, clip_norm=0.0,
       ),
       train=config.TrainConfig(
-        epochs=6, log_every=50, eval_every=750, checkpoint_every=750, sample_tokens=0,
+        epochs=12, log_every=50, eval_every=750, checkpoint_every=750, sample_tokens=0,
         baselines=True,
       ),
     )

@@ -1,8 +1,8 @@
 """The forward TPU kernel of code_attention.
 
 The grid is (batch, blocks of labels, spans of tokens): a softmax that is rescaled from tile to tile
-of tokens, in units of log 2. Where a document is one span its keys and values are loaded once, and
-the queries once per document.
+of tokens. Where a document is one span its keys and values are loaded once, and the queries once per
+document.
 """
 
 import functools
@@ -30,23 +30,20 @@ class Refs(NamedTuple):
   v: Any  # [span, V]
   real: Any  # float32 [1, span]: 1 for real tokens
   out: Any  # [block, V]
-  stats: Any  # [2, block]: largest score, 1 / sum of weights (0 without a token); or None
   top: Any  # [1, block], largest score so far
   total: Any  # [1, block], sum of exp(score - top)
   sums: Any  # float32 [V, block], values by exp(score - top)
+  stats: Any = None  # [2, block]: largest score, 1 / sum of weights (0 without a token); if saved
 
 
 def _forward_kernel(*refs, plan: Plan, save: bool):
   tables, refs = Tables(*refs[:2]), list(refs[2:])
-  take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
-  ins, (out,) = take(4), take(1)
-  (stats,) = take(1) if save else [None]
-  r = Refs(*ins, out, stats, *take(3))
+  names = ["q", "k", "v", "real", "out", *(["stats"] if save else []), "top", "total", "sums"]
+  r = Refs(**{name: refs.pop(0) for name in names})
   row, block, span = (pl.program_id(axis) for axis in range(3))
   if plan.ragged:
-    (queries,) = take(1)
-    tiles_of.copy_labels(plan, block, [(r.q, queries)])
-    r = r._replace(q=queries)
+    tiles_of.copy_labels(plan, block, [(r.q, refs[0])])
+    r = r._replace(q=refs[0])
 
   @pl.when(span == 0)
   def _():

@@ -185,7 +185,7 @@ def needed_span(plan: Plan, tables: Tables, row, span):
 class Grid(NamedTuple):
   size: tuple[int, ...]
   point: Callable  # grid indices -> (b, i, j)
-  semantics: tuple[str, ...]
+  semantics: tuple[Any, ...]  # of str
 
 
 def call(kernel, name, plan, grid: Grid, tables, operands, inputs, outputs, scratch, products,

@@ -16,8 +16,9 @@ NAME = "code_attention"
 KERNELS = f"{__package__}.triton_kernels"
 GRADIENT_KERNELS = f"{__package__}.triton_gradient_kernels"
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_DIM = 256  # two gradients of 64 tokens fill the registers
+MAX_DIM = 256  # the gradients of 64 keys and values fill the registers
 MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
+SMALL_MEMORY = 128 << 10  # bytes; GPUs where a program may use less get smaller tiles
 JOINED_ROWS = 16  # labels of a program that joins splits
 
 
@@ -47,12 +48,14 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Block sizes of all kernels of one problem; forward and query_gradient take equal tokens."""
+  """Block sizes of all kernels of one problem; the first three take equally many tokens."""
 
   forward: Tile
+  drop: Tile
   query_gradient: Tile
   token_gradient: Tile
   splits: int  # programs that share the tokens of a document, forward
+  drop_splits: int  # the same of the drop kernel
   parts: int  # of the batch, whose gradients of the queries are summed apart
   part_splits: int  # programs that share the tokens of such a part's documents
 
@@ -75,27 +78,41 @@ def block_of(dim: int) -> int:
   return max(16, 1 << (dim - 1).bit_length())
 
 
-def tiles_of(problem: Problem, gpu: Gpu) -> tuple[Tile, Tile, Tile]:
-  """Those of `Config`, by rule, from what the assembler says; nothing is timed."""
-  if problem.dtype == "float32":  # products of three parts need twice the registers
-    return Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
-  return Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+def tiles_of(problem: Problem, gpu: Gpu) -> tuple[Tile, Tile, Tile, Tile]:
+  """Those of `Config`, by rule, from what the assembler says; nothing is timed.
+
+  Tokens enter again for every block of labels, so that more labels at a time are fewer reads. In
+  float32, whose products have three parts, a warp keeps both parts of its operands in registers:
+  with over 128 channels 16 rows are what fits (two of the kernels then spill some 100 numbers).
+  """
+  wide_key, wide_value = problem.key_dim > 128, problem.value_dim > 128
+  if problem.dtype == "float32":
+    if wide_key or wide_value:
+      return Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)
+    return Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)
+  if gpu.shared_memory < SMALL_MEMORY:
+    rows, stages = Tile(64, 32, 4, 2), 1 if wide_value else 2
+    return rows, rows, Tile(64, 32, 8, stages), Tile(32, 32, 8, 2)
+  rows, more = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)
+  more = more if gpu.compute_capability >= 90 and problem.labels > 64 else rows
+  by_token = Tile(16 if wide_key and wide_value else 32, 64, 8, 2)
+  return more, rows if wide_value else more, Tile(64, 64, 8, 2), by_token
 
 
 def choose_config(problem: Problem, gpu: Gpu) -> Config:
   """Block sizes, and as many programs as fill the GPU.
 
-  With few labels the programs of a document share its tokens. With many the gradients of the
+  With few labels several programs share the tokens of a document. With many the gradients of the
   queries are summed over as many documents as leave a few programs for each multiprocessor: what
   they write and another kernel adds up is then a fixed amount, whatever the batch.
   """
-  forward, query_gradient, token_gradient = tiles_of(problem, gpu)
-  splits = _splits(problem, forward, gpu)
+  tiles = forward, drop, query_gradient, _ = tiles_of(problem, gpu)
+  splits, drop_splits, part_splits = (
+    _splits(problem, tile, gpu) for tile in (forward, drop, query_gradient)
+  )
   wanted = -(-4 * gpu.multiprocessors // -(-problem.labels // query_gradient.rows))
-  turns = max(1, problem.batch // wanted)  # documents of a part
-  parts = -(-problem.batch // turns)
-  part_splits = _splits(problem, query_gradient, gpu) if parts == problem.batch else 1
-  return Config(forward, query_gradient, token_gradient, splits, parts, part_splits)
+  parts = -(-problem.batch // max(1, problem.batch // wanted))
+  return Config(*tiles, splits, drop_splits, parts, part_splits if parts == problem.batch else 1)
 
 
 def _splits(problem, tile, gpu):
@@ -108,66 +125,73 @@ def _splits(problem, tile, gpu):
 def forward_launches(
   problem: Problem, config: Config, statistics: bool = True
 ) -> tuple[Launch, ...]:
-  """Adds output, and with `statistics` lse and, where output is rounded, wide.
+  """Adds output, and with `statistics` top and inverse.
 
   Inputs: query, key, value, and where there is a mask real, blocks, filled.
   """
-  keep = statistics and problem.dtype != "float32"
+  tile, splits = config.forward, config.splits
+  row = _of_labels(problem) if statistics else jax.ShapeDtypeStruct((1,), jnp.float32)
   results = dict(
-    output=_of_labels(problem, problem.dtype, problem.value_dim),
-    wide=_of_labels(problem, "float32", problem.value_dim) if keep else _nothing(),
-    lse=_of_labels(problem, "float32") if statistics else _nothing(),
+    output=_of_labels(problem, problem.value_dim, dtype=problem.dtype), top=row, inverse=row
   )
-  flags = dict(STATISTICS=statistics, WIDE=keep)
-  inputs, splits = ("query", "key", "value", *_places(problem)), config.splits
-  constants = _constants(problem, config.forward) | dict(SPLITS=splits)
-  grid = (-(-problem.labels // config.forward.rows), problem.batch * splits)
+  inputs = ("query", "key", "value", *_places(problem))
+  constants = _constants(problem, tile) | dict(SPLITS=splits, STATISTICS=statistics)
+  grid = (-(-problem.labels // tile.rows), problem.batch * splits)
   name = f"{KERNELS}:forward_kernel"
   if splits == 1:
-    return (_launch(name, grid, inputs, results, constants | flags, config.forward),)
+    return (_launch(name, grid, inputs, results, constants, tile),)
   pieces = dict(
-    parts=_of_labels(problem, "float32", problem.value_dim, splits),
-    no_wide=_nothing(),
-    part_lse=_of_labels(problem, "float32", splits=splits),
+    parts=_of_labels(problem, problem.value_dim, splits=splits),
+    part_top=_of_labels(problem, splits=splits),
+    part_sum=_of_labels(problem, splits=splits),
   )
-  apart = dict(STATISTICS=True, WIDE=False)
-  first = _launch(name, grid, inputs, pieces, constants | apart, config.forward)
-  joined = Tile(JOINED_ROWS, 1, 4, 1)
-  constants = {n: constants[n] for n in ("L", "V", "V_BLOCK", "SPLITS")} | dict(ROWS=JOINED_ROWS)
+  first = _launch(name, grid, inputs, pieces, constants, tile)
+  constants = {n: constants[n] for n in ("L", "V", "V_BLOCK", "SPLITS", "STATISTICS")}
+  constants |= dict(ROWS=JOINED_ROWS)
   grid = (-(-problem.labels // JOINED_ROWS), problem.batch)
-  inputs = ("parts", "part_lse")
-  second = _launch(f"{KERNELS}:join_kernel", grid, inputs, results, constants | flags, joined)
-  return first, second
+  name, tile = f"{KERNELS}:join_kernel", Tile(JOINED_ROWS, 1, 4, 1)
+  return first, _launch(name, grid, tuple(pieces), results, constants, tile)
 
 
 def backward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
-  """Adds d_query_parts, whose sum is the gradient, drop, d_key and d_value.
+  """Adds part_drop, d_query_parts, whose sum is the gradient, d_key and d_value.
 
-  Inputs: those of the forward pass, its lse and wide (or output), d_output.
+  Inputs: those of the forward pass, its top and inverse, d_output.
   """
-  wide = "output" if problem.dtype == "float32" else "wide"
-  tile, pieces = config.query_gradient, config.parts * config.part_splits
-  outputs = dict(
-    d_query_parts=jax.ShapeDtypeStruct((pieces, problem.labels, problem.key_dim), jnp.float32),
-    drop=_of_labels(problem, "float32"),
+  tile, splits = config.drop, config.drop_splits
+  rows = ("top", "inverse", "d_output")
+  inputs = ("query", "key", "value", *_places(problem), *rows)
+  drop = _launch(
+    f"{GRADIENT_KERNELS}:drop_kernel",
+    (-(-problem.labels // tile.rows), problem.batch * splits),
+    inputs,
+    dict(part_drop=_of_labels(problem, splits=splits)),
+    _constants(problem, tile) | dict(SPLITS=splits),
+    tile,
   )
-  inputs = ("query", "key", "value", *_places(problem), wide, "lse", "d_output")
-  constants = _constants(problem, tile) | dict(
-    B=problem.batch, SPLITS=config.part_splits, PARTS=config.parts, FACTOR=problem.scale
+  shared = dict(DROPS=splits, FACTOR=problem.scale)
+  tile, splits = config.query_gradient, config.part_splits
+  pieces = config.parts * splits
+  parts = jax.ShapeDtypeStruct((pieces, problem.labels, problem.key_dim), jnp.float32)
+  of_query = _launch(
+    f"{GRADIENT_KERNELS}:query_gradient_kernel",
+    (-(-problem.labels // tile.rows), pieces),
+    (*inputs, "part_drop"),
+    dict(d_query_parts=parts),
+    _constants(problem, tile) | shared | dict(B=problem.batch, SPLITS=splits, PARTS=config.parts),
+    tile,
   )
-  grid = (-(-problem.labels // tile.rows), pieces)
-  name = f"{GRADIENT_KERNELS}:query_gradient_kernel"
-  first = _launch(name, grid, inputs, outputs, constants, tile)
   tile, tokens = config.token_gradient, (problem.batch, problem.length)
-  outputs = dict(
-    d_key=jax.ShapeDtypeStruct((*tokens, problem.key_dim), jnp.dtype(problem.dtype)),
-    d_value=jax.ShapeDtypeStruct((*tokens, problem.value_dim), jnp.dtype(problem.dtype)),
+  dims, dtype = dict(d_key=problem.key_dim, d_value=problem.value_dim), jnp.dtype(problem.dtype)
+  of_tokens = _launch(
+    f"{GRADIENT_KERNELS}:token_gradient_kernel",
+    (-(-problem.length // tile.tokens), problem.batch),
+    ("query", "key", "value", _places(problem)[0], *rows, "part_drop"),
+    {name: jax.ShapeDtypeStruct((*tokens, dim), dtype) for name, dim in dims.items()},
+    _constants(problem, tile) | shared,
+    tile,
   )
-  inputs = ("query", "key", "value", _places(problem)[0], "lse", "d_output", "drop")
-  constants = _constants(problem, tile) | dict(FACTOR=problem.scale)
-  grid = (-(-problem.length // tile.tokens), problem.batch)
-  name = f"{GRADIENT_KERNELS}:token_gradient_kernel"
-  return first, _launch(name, grid, inputs, outputs, constants, tile)
+  return drop, of_query, of_tokens
 
 
 def _constants(problem, tile):
@@ -196,12 +220,6 @@ def _places(problem):
   return ("real", "blocks", "filled") if problem.masked else ("query",) * 3
 
 
-def _of_labels(problem, dtype, *dims, splits=None):
-  shape = (
-    (problem.batch, problem.labels) if splits is None else (problem.batch, splits, problem.labels)
-  )
-  return jax.ShapeDtypeStruct((*shape, *dims), jnp.dtype(dtype))
-
-
-def _nothing():
-  return jax.ShapeDtypeStruct((1,), jnp.float32)
+def _of_labels(problem, *dims, dtype="float32", splits=None):
+  places = (problem.batch,) if splits is None else (problem.batch, splits)
+  return jax.ShapeDtypeStruct((*places, problem.labels, *dims), jnp.dtype(dtype))

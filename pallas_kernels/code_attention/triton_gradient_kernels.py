@@ -1,9 +1,11 @@
 """The backward kernels of label-wise attention for NVIDIA GPUs.
 
 With w the weights of a label's row and dw = do . v, the gradient of a score is w (dw - D), where
-D = sum w dw = do . r, r the output before it was rounded: where one token has all the weight the
-two are equal. The kernel of the queries goes over documents and their tokens, the kernel of the
-tokens over labels. No sum is shared between programs, so that results are the same in every run.
+D = sum w dw. D is summed from the same products that it is subtracted from: where one token has all
+the weight the two are equal, which do . output would not be.
+
+Three kernels: D, and the gradient of the queries, go over tokens; the gradients of the tokens go
+over labels. No sum is shared between programs, so that results are the same in every run.
 
 Import this module only where a GPU is compiled for: it imports triton.
 """
@@ -15,18 +17,66 @@ from .triton_kernels import block_start, load_rows, put_rows, scores, share_of_b
 
 
 @triton.jit
+def load_label(pointer, rows, L: tl.constexpr):
+  """One number per label of a block; 0 beyond the last, which leaves it without weights."""
+  return tl.load(pointer + rows, mask=rows < L, other=0.0)
+
+
+@triton.jit
+def load_drop(part_drop, batch, rows, L: tl.constexpr, DROPS: tl.constexpr):
+  """D, summed over the splits of a document's tokens."""
+  drop = load_label(part_drop + batch * DROPS * L, rows, L)
+  for split in tl.static_range(1, DROPS):
+    drop += load_label(part_drop + (batch * DROPS + split) * L, rows, L)
+  return drop
+
+
+@triton.jit
+def drop_kernel(
+  query, key, value, real, blocks, filled, top, inverse, d_output,
+  part_drop,
+  L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+  TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+  SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+  """D, [B, SPLITS, L], of splits of a document's tokens: grid (label blocks, B * SPLITS)."""
+  begin = tl.program_id(0) * ROWS
+  place = tl.program_id(1).to(tl.int64)
+  batch = place // SPLITS
+  low, high = share_of_blocks(filled, batch, place % SPLITS, T, TILE, SPLITS, MASKED)
+  rows = begin + tl.arange(0, ROWS)
+  real += batch * T
+  blocks += batch * ((T + TILE - 1) // TILE)
+  key += batch * T * K
+  value += batch * T * V
+  q = load_rows(query, begin, L, K, ROWS, K_BLOCK)
+  do = load_rows(d_output + batch * L * V, begin, L, V, ROWS, V_BLOCK)
+  largest = load_label(top + batch * L, rows, L)
+  share = load_label(inverse + batch * L, rows, L)
+  total = tl.zeros((ROWS,), tl.float32)
+  for index in range(low.to(tl.int32), high.to(tl.int32)):
+    start = block_start(blocks, index, TILE, MASKED)
+    k = load_rows(key, start, T, K, TILE, K_BLOCK)
+    v = load_rows(value, start, T, V, TILE, V_BLOCK)
+    x = scores(q, k, real, start, T, TILE, SCALE, MASKED, PRECISION)
+    by_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [ROWS, TILE]
+    total += tl.sum(tl.exp2(x - largest[:, None]) * share[:, None] * by_weight, 1)
+  tl.store(part_drop + place * L + rows, total, mask=rows < L)
+
+
+@triton.jit
 def query_gradient_kernel(
-  query, key, value, real, blocks, filled, wide, lse, d_output,
-  d_query, drop,
+  query, key, value, real, blocks, filled, top, inverse, d_output, part_drop,
+  d_query,
   B: tl.constexpr, L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
   ROWS: tl.constexpr, TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-  SPLITS: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-  MASKED: tl.constexpr, PRECISION: tl.constexpr,
+  SPLITS: tl.constexpr, PARTS: tl.constexpr, DROPS: tl.constexpr, SCALE: tl.constexpr,
+  FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
   """Gradients of the queries, summed over some documents: grid (label blocks, PARTS * SPLITS).
 
   A part has every PARTS-th document, a split some of their tokens: `d_query` is [PARTS * SPLITS, L,
-  K] in float32. `drop` is D, [B, L]. SCALE is FACTOR, that of the scores, in base 2.
+  K] in float32. SCALE is FACTOR, that of the scores, in base 2.
   """
   begin = tl.program_id(0) * ROWS
   part = tl.program_id(1) // SPLITS
@@ -40,29 +90,36 @@ def query_gradient_kernel(
     low, high = share_of_blocks(filled, batch, split, T, TILE, SPLITS, MASKED)
     high = tl.where(document < B, high, low)
     do = load_rows(d_output + batch * L * V, begin, L, V, ROWS, V_BLOCK)
-    result = load_rows(wide + batch * L * V, begin, L, V, ROWS, V_BLOCK)
-    d = tl.sum(do.to(tl.float32) * result, 1)
-    tl.store(drop + batch * L + rows, d, mask=rows < tl.where(split == 0, L, 0))
-    log = tl.load(lse + batch * L + rows, mask=rows < L, other=float("inf"))
+    largest = load_label(top + batch * L, rows, L)
+    share = load_label(inverse + batch * L, rows, L)
+    d = load_drop(part_drop, batch, rows, L, DROPS)
     for index in range(low, high):
       start = block_start(blocks + batch * ((T + TILE - 1) // TILE), index, TILE, MASKED)
       k = load_rows(key + batch * T * K, start, T, K, TILE, K_BLOCK)
       v = load_rows(value + batch * T * V, start, T, V, TILE, V_BLOCK)
       x = scores(q, k, real + batch * T, start, T, TILE, SCALE, MASKED, PRECISION)
       by_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [ROWS, TILE]
-      ds = tl.exp2(x - log[:, None]) * (by_weight - d[:, None])
+      ds = tl.exp2(x - largest[:, None]) * share[:, None] * (by_weight - d[:, None])
       dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
   place = tl.program_id(1).to(tl.int64)
   put_rows(d_query + place * L * K, begin, dq * FACTOR, L, K, ROWS, K_BLOCK)
 
 
 @triton.jit
+def turned_products(a, b, PRECISION: tl.constexpr):
+  """b a^T, every entry added up like that of a b^T: what cancels in one must in the other."""
+  if PRECISION == "tf32x3":  # of whose products two are not the same the other way round
+    return tl.trans(tl.dot(a, tl.trans(b), input_precision=PRECISION))
+  return tl.dot(b, tl.trans(a), input_precision=PRECISION)
+
+
+@triton.jit
 def token_gradient_kernel(
-  query, key, value, real, lse, d_output, drop,
+  query, key, value, real, top, inverse, d_output, part_drop,
   d_key, d_value,
   L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-  TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SCALE: tl.constexpr,
-  FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+  TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DROPS: tl.constexpr,
+  SCALE: tl.constexpr, FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
   """Gradients of keys and values, summed over the labels: grid (token blocks, B).
 
@@ -77,21 +134,19 @@ def token_gradient_kernel(
   labels = tl.where(tl.max(seen.to(tl.int32), 0) > 0, L, 0)
   k = load_rows(key + batch * T * K, begin, T, K, TILE, K_BLOCK)
   v = load_rows(value + batch * T * V, begin, T, V, TILE, V_BLOCK)
-  d_output += batch * L * V
-  lse += batch * L
-  drop += batch * L
   dk = tl.zeros((TILE, K_BLOCK), tl.float32)
   dv = tl.zeros((TILE, V_BLOCK), tl.float32)
   for start in range(0, labels, ROWS):
     rows = start + tl.arange(0, ROWS)
     q = load_rows(query, start, L, K, ROWS, K_BLOCK)
-    do = load_rows(d_output, start, L, V, ROWS, V_BLOCK)
-    log = tl.load(lse + rows, mask=rows < L, other=float("inf"))  # no weights beyond the last
-    d = tl.load(drop + rows, mask=rows < L, other=0.0)
-    x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE  # [TILE, ROWS]
-    weights = tl.exp2(x - log[None, :])
+    do = load_rows(d_output + batch * L * V, start, L, V, ROWS, V_BLOCK)
+    largest = load_label(top + batch * L, rows, L)
+    share = load_label(inverse + batch * L, rows, L)
+    d = load_drop(part_drop, batch, rows, L, DROPS)
+    x = turned_products(q, k, PRECISION) * SCALE  # [TILE, ROWS]
+    weights = tl.exp2(x - largest[None, :]) * share[None, :]
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-    by_weight = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    by_weight = turned_products(do, v, PRECISION)
     ds = weights * (by_weight - d[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
   dk = tl.where(seen[:, None], dk * FACTOR, 0.0)

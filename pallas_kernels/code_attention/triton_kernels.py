@@ -22,8 +22,8 @@ def load_rows(
 ):
   """[ROWS, BLOCK] of a [SIZE, DIM] array, from row `begin` on; what lies outside reads as 0."""
   return load_tile(
-    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK), SIZE - begin, 1, DIM,
-    SIZE % ROWS == 0, DIM == BLOCK,
+    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK),
+    SIZE - begin, 1, DIM, SIZE % ROWS == 0, DIM == BLOCK,
   )  # fmt: skip
 
 
@@ -33,8 +33,8 @@ def put_rows(
 ):
   """The inverse of `load_rows`; rounds."""
   put_tile(
-    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK), x, SIZE - begin, 1, DIM,
-    SIZE % ROWS == 0, DIM == BLOCK,
+    pointer + begin * tl.full((), DIM, tl.int64), tl.arange(0, ROWS), tl.arange(0, BLOCK), x,
+    SIZE - begin, 1, DIM, SIZE % ROWS == 0, DIM == BLOCK,
   )  # fmt: skip
 
 
@@ -76,36 +76,35 @@ def scores(
 
 @triton.jit
 def put_results(
-  output, wide, lse, place, begin, acc, summed, top,
+  output, top, inverse, place, begin, acc, largest, summed,
   L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, V_BLOCK: tl.constexpr,
-  STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+  STATISTICS: tl.constexpr,
 ):  # fmt: skip
-  """Stores rows: sums over weights, unrounded if WIDE, and log2 of the weights' sum."""
+  """Stores rows: sums over weights, and with STATISTICS what makes weights of scores."""
+  rows = begin + tl.arange(0, ROWS)
   some = summed > 0.0
-  result = acc / tl.where(some, summed, 1.0)[:, None]
-  put_rows(output + place * L * V, begin, result, L, V, ROWS, V_BLOCK)
-  if WIDE:
-    put_rows(wide + place * L * V, begin, result, L, V, ROWS, V_BLOCK)
+  divisor = tl.where(some, summed, 1.0)
+  put_rows(output + place * L * V, begin, acc / divisor[:, None], L, V, ROWS, V_BLOCK)
   if STATISTICS:
-    rows = begin + tl.arange(0, ROWS)
-    log = tl.where(some, top + tl.log2(tl.where(some, summed, 1.0)), -float("inf"))
-    tl.store(lse + place * L + rows, log, mask=rows < L)
+    tl.store(top + place * L + rows, largest, mask=rows < L)
+    tl.store(inverse + place * L + rows, tl.where(some, 1.0 / divisor, 0.0), mask=rows < L)
 
 
 @triton.jit
 def forward_kernel(
   query, key, value, real, blocks, filled,
-  output, wide, lse,
+  output, top, inverse,
   L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
   TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-  SCALE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+  SCALE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr,
   PRECISION: tl.constexpr,
 ):  # fmt: skip
   """What labels read from a split of a document's tokens: grid (label blocks, B * SPLITS).
 
-  `output` and `wide` are [B, SPLITS, L, V], `lse` [B, SPLITS, L]; of a split without tokens 0, 0
-  and -inf. `real` is [B, T]; `blocks` [B, T / TILE] has those with real tokens first, `filled` [B]
-  says how many they are.
+  `real` is [B, T]; `blocks` [B, T / TILE] has those with real tokens first, `filled` [B] says how
+  many they are. One split: `output` [B, L, V], and with STATISTICS `top`, the largest score, and
+  `inverse`, 1 / the sum of 2^(score - top), [B, L]; 0, -inf and 0 without tokens. Several:
+  [B, SPLITS, ...] of sums of 2^(score - top) v, top, and, not inverted, sums of 2^(score - top).
   """
   begin = tl.program_id(0) * ROWS
   place = tl.program_id(1).to(tl.int64)
@@ -116,7 +115,7 @@ def forward_kernel(
   key += batch * T * K
   value += batch * T * V
   q = load_rows(query, begin, L, K, ROWS, K_BLOCK)
-  top = tl.full((ROWS,), -float("inf"), tl.float32)
+  largest = tl.full((ROWS,), -float("inf"), tl.float32)
   summed = tl.zeros((ROWS,), tl.float32)
   acc = tl.zeros((ROWS, V_BLOCK), tl.float32)
   for index in range(low.to(tl.int32), high.to(tl.int32)):
@@ -124,41 +123,49 @@ def forward_kernel(
     k = load_rows(key, start, T, K, TILE, K_BLOCK)
     v = load_rows(value, start, T, V, TILE, V_BLOCK)
     x = scores(q, k, real, start, T, TILE, SCALE, MASKED, PRECISION)
-    larger = tl.maximum(top, tl.max(x, 1))
-    shrink = tl.exp2(top - larger)
+    larger = tl.maximum(largest, tl.max(x, 1))
+    shrink = tl.exp2(largest - larger)
     weights = tl.exp2(x - larger[:, None])
     summed = summed * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    top = larger
-  put_results(
-    output, wide, lse, place, begin, acc, summed, top, L, V, ROWS, V_BLOCK, STATISTICS, WIDE
-  )
+    largest = larger
+  if SPLITS == 1:
+    put_results(
+      output, top, inverse, place, begin, acc, largest, summed, L, V, ROWS, V_BLOCK, STATISTICS
+    )
+  else:
+    rows = begin + tl.arange(0, ROWS)
+    put_rows(output + place * L * V, begin, acc, L, V, ROWS, V_BLOCK)
+    tl.store(top + place * L + rows, largest, mask=rows < L)
+    tl.store(inverse + place * L + rows, summed, mask=rows < L)
 
 
 @triton.jit
 def join_kernel(
-  parts, part_lse,
-  output, wide, lse,
+  parts, part_top, part_sum,
+  output, top, inverse,
   L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, V_BLOCK: tl.constexpr,
-  SPLITS: tl.constexpr, STATISTICS: tl.constexpr, WIDE: tl.constexpr,
+  SPLITS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
   """Joins what splits of a document gave: grid (label blocks, B)."""
   begin = tl.program_id(0) * ROWS
   batch = tl.program_id(1).to(tl.int64)
   rows = begin + tl.arange(0, ROWS)
-  part_lse += batch * SPLITS * L + rows
-  top = tl.full((ROWS,), -float("inf"), tl.float32)
+  part_top += batch * SPLITS * L + rows
+  part_sum += batch * SPLITS * L + rows
+  largest = tl.full((ROWS,), -float("inf"), tl.float32)
   for split in range(SPLITS):
-    top = tl.maximum(top, tl.load(part_lse + split * L, mask=rows < L, other=-float("inf")))
-  top = tl.where(top == -float("inf"), 0.0, top)
+    theirs = tl.load(part_top + split * L, mask=rows < L, other=-float("inf"))
+    largest = tl.maximum(largest, theirs)
+  finite = tl.where(largest == -float("inf"), 0.0, largest)
   summed = tl.zeros((ROWS,), tl.float32)
   acc = tl.zeros((ROWS, V_BLOCK), tl.float32)
   for split in range(SPLITS):
-    log = tl.load(part_lse + split * L, mask=rows < L, other=-float("inf"))
-    weight = tl.exp2(log - top)
+    theirs = tl.load(part_top + split * L, mask=rows < L, other=-float("inf"))
+    shrink = tl.exp2(theirs - finite)
+    summed += shrink * tl.load(part_sum + split * L, mask=rows < L, other=0.0)
     part = load_rows(parts + (batch * SPLITS + split) * L * V, begin, L, V, ROWS, V_BLOCK)
-    summed += weight
-    acc += weight[:, None] * part
+    acc += shrink[:, None] * part
   put_results(
-    output, wide, lse, batch, begin, acc, summed, top, L, V, ROWS, V_BLOCK, STATISTICS, WIDE
+    output, top, inverse, batch, begin, acc, largest, summed, L, V, ROWS, V_BLOCK, STATISTICS
   )

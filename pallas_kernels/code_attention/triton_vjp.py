@@ -12,14 +12,14 @@ from .triton import NAME, Problem, backward_launches, choose_config, fits, forwa
 
 
 class Residuals(NamedTuple):
-  """What the backward pass needs: the inputs, and V + 1 numbers per document and label."""
+  """What the backward pass needs: the inputs, and 8 bytes per document and label."""
 
   query: Float[Array, "L K"]
   key: Float[Array, "B T K"]
   value: Float[Array, "B T V"]
   mask: Bool[Array, "B T"] | None
-  wide: Float[Array, "B L V"]  # the output before it was rounded
-  lse: Float[Array, "B L"]  # log2 of the sum of 2^score; -inf without tokens
+  top: Float[Array, "B L"]  # the largest score, in base 2; -inf without tokens
+  inverse: Float[Array, "B L"]  # 1 / the sum of 2^(score - top); 0 without tokens
 
 
 INPUTS = Residuals._fields[:4]
@@ -50,8 +50,7 @@ def _attend(query, key, value, mask, scale):
 def _forward(*args):
   *inputs, scale = args
   arrays = _run_forward(inputs, scale, statistics=True)
-  wide = arrays["output"] if arrays["output"].dtype == jnp.float32 else arrays["wide"]
-  return arrays["output"], Residuals(*inputs, wide, arrays["lse"])
+  return arrays["output"], Residuals(*inputs, arrays["top"], arrays["inverse"])
 
 
 def _run_forward(inputs, scale, statistics):
@@ -63,7 +62,7 @@ def _run_forward(inputs, scale, statistics):
 
 
 def _backward(scale, residuals, d_output):
-  arrays = residuals._asdict() | dict(output=residuals.wide, d_output=d_output)
+  arrays = residuals._asdict() | dict(d_output=d_output)
   problem, gpu = problem_of(arrays, scale), target_gpu(NAME)
   config = choose_config(problem, gpu)
   given = prepared(arrays, config.query_gradient.tokens)

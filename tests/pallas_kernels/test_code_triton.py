@@ -35,18 +35,18 @@ SCALE = 0.3  # of the run that is not a case: no mask, float16
 RUNS = (*ORACLE.ci, "narrow")
 
 
-def config(labels, tokens, splits, parts, part_splits) -> triton.Config:
-  tile = triton.Tile(labels, tokens, 4, 2)
-  return triton.Config(tile, tile, tile, splits, parts, part_splits)
+def config(labels, tokens, *splits_and_parts) -> triton.Config:
+  """splits, drop_splits, parts, part_splits"""
+  return triton.Config(*[triton.Tile(labels, tokens, 4, 2)] * 4, *splits_and_parts)
 
 
-# Rows and columns beyond the last, splits of several blocks and without any, parts of several
-# documents. Of the two with more parts than one each has the other kind.
-CONFIGS = dict.fromkeys(RUNS, config(16, 32, 1, 2, 1)) | dict(
-  layer_small=config(32, 16, 1, 2, 1),
-  scattered=config(16, 16, 3, 4, 2),
-  many_labels=config(128, 32, 2, 1, 1),
-  narrow=config(32, 16, 2, 2, 2),
+# Labels and tokens beyond the last, splits of some blocks and of none, parts of several documents
+# and of one.
+CONFIGS = dict.fromkeys(RUNS, config(16, 32, 1, 1, 2, 1)) | dict(
+  layer_small=config(32, 16, 1, 1, 2, 1),
+  scattered=config(16, 32, 3, 2, 4, 2),
+  many_labels=config(128, 32, 2, 1, 1, 1),
+  narrow=config(32, 32, 2, 3, 3, 2),
 )
 
 
@@ -125,13 +125,13 @@ FAULTS = {
   "scale_missing_of_the_query": ("narrow", fault, (":query", dict(FACTOR=1.0))),
   "scale_missing_of_the_key": ("narrow", fault, (":token", dict(FACTOR=1.0))),
   "gradients_swapped": ("sharp", swapped, ()),
-  "sum_not_subtracted": ("strips", fault, (":token",), dict(drop="nothing")),
-  "splits_not_rescaled": ("many_labels", fault, ("join",), dict(part_lse="nothing")),
+  "sum_not_subtracted": ("strips", fault, (":token",), dict(part_drop="nothing")),
+  "splits_not_rescaled": ("many_labels", fault, ("join",), dict(part_top="nothing")),
 }
 # name: (run, text of the forward kernel's module, what stands there instead)
 EDITS = {
-  "blocks_not_rescaled": ("sharp", "tl.exp2(top - larger)", "tl.exp2(larger - larger)"),
-  "maximum_of_a_block_alone": ("sharp", "tl.maximum(top, tl.max(x, 1))", "tl.max(x, 1)"),
+  "blocks_not_rescaled": ("sharp", "tl.exp2(largest - larger)", "tl.exp2(larger - larger)"),
+  "sum_not_rescaled": ("layer_small", "summed * shrink +", "summed +"),
 }
 
 
@@ -167,7 +167,7 @@ def poisoned(run):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-  """Results by run and fault; one child runs all while the truth is computed here."""
+  """Results by run and fault, from one child."""
   pytest.importorskip("triton")
   programs = {run: program(run) for run in RUNS} | dict(poisoned=poisoned("scattered"))
   for name, (run, make, *arguments) in FAULTS.items():
@@ -222,7 +222,7 @@ def test_launches_cover_everything(dtype, gpu):
     sizes = (case.sizes[n] for n in ("batch", "labels", "length", "key_dim", "value_dim"))
     problem = triton.Problem(*sizes, dtype, "mask" in case.options, 1.0)
     chosen = triton.choose_config(problem, gpu)
-    assert chosen.forward.tokens == chosen.query_gradient.tokens  # of one list of blocks
+    assert chosen.forward.tokens == chosen.drop.tokens == chosen.query_gradient.tokens  # one list
     assert chosen.part_splits == 1 or chosen.parts == problem.batch
     written, read = {}, set()
     forward = triton.forward_launches(problem, chosen)
