@@ -146,6 +146,9 @@ def choose_cases(session: Session, pattern: str) -> list:
 
 def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]:
   """Times all candidates of one case and pass; adds what did not run, and why, to `skipped`."""
+  if pass_name == "step" and session.operator.step is None:
+    skipped[case.name, pass_name, session.operator.name] = "has no state, and so no step"
+    return []
   log(f"{case.name} {pass_name} ...")
   inputs = session.operator.cases.make_inputs(case, session.dtype)
   static = session.operator.cases.static_options(case)

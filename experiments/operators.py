@@ -21,6 +21,7 @@ from attnzoo.pallas_kernels import (
   taylor_attention_step,
 )
 from attnzoo.pallas_kernels.cases import Case
+from attnzoo.pallas_kernels.code_attention import cases as code_cases
 from attnzoo.pallas_kernels.lightning_attention import cases as lightning_cases
 from attnzoo.pallas_kernels.lightning_attention.xla import DEFAULT_CHUNK as LIGHTNING_CHUNK
 from attnzoo.pallas_kernels.rat_attention import RatState
@@ -59,10 +60,10 @@ class Operator:
   results: tuple[str, ...]
   cases: types.ModuleType
   chunk_size: int
-  step: Callable
-  step_inputs: Callable[..., tuple]
-  step_cost: Callable[[Case, np.dtype], tuple[int, int]]
   peers: tuple[peers.Peer, ...]
+  step: Callable | None = None  # an operator without a state has none
+  step_inputs: Callable[..., tuple] | None = None
+  step_cost: Callable[[Case, np.dtype], tuple[int, int]] | None = None
   wrt: tuple[str, ...] = ("query", "key", "value")
   kernels: Mapping[str, str] = types.MappingProxyType({"tpu": "tpu", "cuda": "triton"})
 
@@ -261,6 +262,14 @@ OPERATORS = {
       step_inputs=_routed_step_inputs,
       step_cost=_routed_step_cost,
       peers=(peers.TORCH_ROUTED, peers.TORCH_SOFTMAX, peers.CUDNN_SOFTMAX),
+    ),
+    Operator(
+      name="code_attention",
+      function=code_cases.operator,
+      results=code_cases.RESULTS,
+      cases=code_cases,
+      chunk_size=1,
+      peers=(peers.TORCH_LABELS,),
     ),
   )
 }

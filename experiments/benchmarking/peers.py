@@ -148,6 +148,23 @@ def _torch_taylor(inputs, cotangent, pass_name, device):
   return _torch_pass(formula, tensors, do, pass_name, device)
 
 
+def _torch_labels(inputs, cotangent, pass_name, device):
+  """softmax(q k^T) v over the real tokens, the map of all labels in memory."""
+  import torch
+
+  tensors = _torch_tensors(inputs, device)
+  (do,) = _torch_tensors(dict(do=cotangent[0].astype(inputs["value"].dtype)), device).values()
+  padding = ~tensors.pop("mask")[:, None, :]
+
+  def formula(query, key, value):
+    scores = query @ key.transpose(1, 2)
+    # Not -inf, with which documents without tokens would give NaN.
+    weights = scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(padding, 0) @ value
+
+  return _torch_pass(formula, tensors, do, pass_name, device)
+
+
 def _torch_routed(inputs, cotangent, pass_name, device, options):
   """Routed attention of queries that are the keys, as a PyTorch user would write it."""
   tensors = _torch_tensors(inputs, device)
@@ -362,6 +379,10 @@ TORCH_TAYLOR = Peer(
 TORCH_ROUTED = Peer(
   "torch routed formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=False,
   prepare=_torch_routed, options=("options",),
+)  # fmt: skip
+TORCH_LABELS = Peer(
+  "torch softmax formula", "torch", ("cpu", "cuda"), _WHOLE, same_function=True, quadratic=False,
+  prepare=_torch_labels,
 )  # fmt: skip
 FLA_FUSED_CHUNK_BASED = Peer(
   "fla fused_chunk_based", "fla", ("cuda",), _WHOLE, same_function=True, quadratic=False,

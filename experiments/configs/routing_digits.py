@@ -5,8 +5,9 @@ Command   python -m attnzoo.experiments.train --config=routing_digits
 Paper     Efficient Content-Based Sparse Attention with Routing Transformers (2021), at toy size and
           with membership "causal_recent", which does not leak; no published figure to compare with.
           samples.png has drawn digits above, real ones below
-Expected  not measured here yet
-Hardware  2 CPU cores, minutes
+Expected  with data.validation_fraction=0.25 1.855 bits per dim after 600 steps (4 seeds, 1.849 to
+          1.865); with local attention alone 1.872 (1.866 to 1.876)
+Hardware  2 CPU cores, a minute and a half
 """
 
 from attnzoo import zoo

@@ -15,6 +15,7 @@ from .api import code_attention
 
 def _case(name, tags, batch, length, labels, key_dim, value_dim, **options):
   sizes = dict(batch=batch, length=length, labels=labels, key_dim=key_dim, value_dim=value_dim)
+  sizes |= dict(heads=1)  # documents have none; for reports that count them
   return Case(name, tags, sizes, options)
 
 

@@ -1,8 +1,8 @@
 """The forward TPU kernel of code_attention.
 
 The grid is (batch, blocks of labels, spans of tokens): a softmax that is rescaled from tile to tile
-of tokens. Where a document is one span its keys and values are loaded once, and the queries once per
-document.
+of tokens. Where a document is one span its keys and values are loaded once, and the queries once
+for each document.
 """
 
 import functools

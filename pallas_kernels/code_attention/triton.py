@@ -83,7 +83,7 @@ def tiles_of(problem: Problem, gpu: Gpu) -> tuple[Tile, Tile, Tile, Tile]:
 
   Tokens enter again for every block of labels, so that more labels at a time are fewer reads. In
   float32, whose products have three parts, a warp keeps both parts of its operands in registers:
-  with over 128 channels 16 rows are what fits (two of the kernels then spill some 100 numbers).
+  with over 128 channels 16 rows are what fits (two of the kernels then spill up to 100 numbers of each thread).
   """
   wide_key, wide_value = problem.key_dim > 128, problem.value_dim > 128
   if problem.dtype == "float32":
@@ -146,7 +146,7 @@ def forward_launches(
     part_sum=_of_labels(problem, splits=splits),
   )
   first = _launch(name, grid, inputs, pieces, constants, tile)
-  constants = {n: constants[n] for n in ("L", "V", "V_BLOCK", "SPLITS", "STATISTICS")}
+  constants = {n: constants[n] for n in ("L", "V", "V_BLOCK", "SPLITS", "SCALE", "STATISTICS")}
   constants |= dict(ROWS=JOINED_ROWS)
   grid = (-(-problem.labels // JOINED_ROWS), problem.batch)
   name, tile = f"{KERNELS}:join_kernel", Tile(JOINED_ROWS, 1, 4, 1)
@@ -204,7 +204,8 @@ def _constants(problem, tile):
     TILE=tile.tokens,
     K_BLOCK=block_of(problem.key_dim),
     V_BLOCK=block_of(problem.value_dim),
-    SCALE=problem.scale / math.log(2),
+    SIGN=(problem.scale > 0) - (problem.scale < 0),
+    SCALE=abs(problem.scale or 1.0) / math.log(2),  # products are 0 where the sign is
     MASKED=problem.masked,
     # float32 as three products of tf32 parts: close to float32 and still on the tensor cores.
     PRECISION="tf32x3" if problem.dtype == "float32" else "tf32",

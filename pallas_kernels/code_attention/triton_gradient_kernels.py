@@ -32,12 +32,18 @@ def load_drop(part_drop, batch, rows, L: tl.constexpr, DROPS: tl.constexpr):
 
 
 @triton.jit
+def weights_of(x, largest, share, SCALE: tl.constexpr):
+  """Of the forward pass; `largest` and `share`, those of labels, broadcast against x."""
+  return tl.exp2((x - largest) * SCALE) * share
+
+
+@triton.jit
 def drop_kernel(
   query, key, value, real, blocks, filled, top, inverse, d_output,
   part_drop,
   L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
   TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-  SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+  SIGN: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
   """D, [B, SPLITS, L], of splits of a document's tokens: grid (label blocks, B * SPLITS)."""
   begin = tl.program_id(0) * ROWS
@@ -58,9 +64,9 @@ def drop_kernel(
     start = block_start(blocks, index, TILE, MASKED)
     k = load_rows(key, start, T, K, TILE, K_BLOCK)
     v = load_rows(value, start, T, V, TILE, V_BLOCK)
-    x = scores(q, k, real, start, T, TILE, SCALE, MASKED, PRECISION)
+    x = scores(q, k, real, start, T, TILE, SIGN, MASKED, PRECISION)
     by_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [ROWS, TILE]
-    total += tl.sum(tl.exp2(x - largest[:, None]) * share[:, None] * by_weight, 1)
+    total += tl.sum(weights_of(x, largest[:, None], share[:, None], SCALE) * by_weight, 1)
   tl.store(part_drop + place * L + rows, total, mask=rows < L)
 
 
@@ -70,13 +76,13 @@ def query_gradient_kernel(
   d_query,
   B: tl.constexpr, L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
   ROWS: tl.constexpr, TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-  SPLITS: tl.constexpr, PARTS: tl.constexpr, DROPS: tl.constexpr, SCALE: tl.constexpr,
-  FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+  SPLITS: tl.constexpr, PARTS: tl.constexpr, DROPS: tl.constexpr, SIGN: tl.constexpr,
+  SCALE: tl.constexpr, FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
   """Gradients of the queries, summed over some documents: grid (label blocks, PARTS * SPLITS).
 
   A part has every PARTS-th document, a split some of their tokens: `d_query` is [PARTS * SPLITS, L,
-  K] in float32. SCALE is FACTOR, that of the scores, in base 2.
+  K] in float32. FACTOR is the scale of the scores, SCALE its size in base 2.
   """
   begin = tl.program_id(0) * ROWS
   part = tl.program_id(1) // SPLITS
@@ -97,9 +103,9 @@ def query_gradient_kernel(
       start = block_start(blocks + batch * ((T + TILE - 1) // TILE), index, TILE, MASKED)
       k = load_rows(key + batch * T * K, start, T, K, TILE, K_BLOCK)
       v = load_rows(value + batch * T * V, start, T, V, TILE, V_BLOCK)
-      x = scores(q, k, real + batch * T, start, T, TILE, SCALE, MASKED, PRECISION)
+      x = scores(q, k, real + batch * T, start, T, TILE, SIGN, MASKED, PRECISION)
       by_weight = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [ROWS, TILE]
-      ds = tl.exp2(x - largest[:, None]) * share[:, None] * (by_weight - d[:, None])
+      ds = weights_of(x, largest[:, None], share[:, None], SCALE) * (by_weight - d[:, None])
       dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
   place = tl.program_id(1).to(tl.int64)
   put_rows(d_query + place * L * K, begin, dq * FACTOR, L, K, ROWS, K_BLOCK)
@@ -119,7 +125,8 @@ def token_gradient_kernel(
   d_key, d_value,
   L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
   TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, DROPS: tl.constexpr,
-  SCALE: tl.constexpr, FACTOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+  SIGN: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, MASKED: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):  # fmt: skip
   """Gradients of keys and values, summed over the labels: grid (token blocks, B).
 
@@ -143,8 +150,10 @@ def token_gradient_kernel(
     largest = load_label(top + batch * L, rows, L)
     share = load_label(inverse + batch * L, rows, L)
     d = load_drop(part_drop, batch, rows, L, DROPS)
-    x = turned_products(q, k, PRECISION) * SCALE  # [TILE, ROWS]
-    weights = tl.exp2(x - largest[None, :]) * share[None, :]
+    x = turned_products(q, k, PRECISION)  # [TILE, ROWS]
+    if SIGN != 1:
+      x *= SIGN
+    weights = weights_of(x, largest[None, :], share[None, :], SCALE)
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
     by_weight = turned_products(do, v, PRECISION)
     ds = weights * (by_weight - d[None, :])

@@ -1,10 +1,12 @@
 """The forward kernels of label-wise attention for NVIDIA GPUs, and what the backward kernels share.
 
-A program has a block of labels and goes over blocks of tokens with a running maximum. Scores are in
-base 2. Which blocks have real tokens is a list made beforehand, so that the loop has no branch that
-would keep loads and products from overlapping, and every block that it meets has a finite maximum.
-Where labels are few, several programs share the tokens of a document, and a second kernel joins
-what they found.
+A program has a block of labels and goes over blocks of tokens with a running maximum. Weights are
+2^((x - largest) SCALE), x the product of query and key: a scaled x would be rounded before the
+difference is taken, or not, as the compiler likes, and large scores would not cancel between
+kernels. Which blocks have real tokens is a list made beforehand: the loop has no branch that would
+keep loads and products from overlapping, and every block that it meets has a finite maximum. Where
+labels are few, several programs share the tokens of a document, and a second kernel joins what they
+found.
 
 Import this module only where a GPU is compiled for: it imports triton. Sizes are compile-time
 constants (jax knows them), so strides need no arguments and aligned shapes need no masks.
@@ -60,11 +62,13 @@ def block_start(blocks, index, TILE: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def scores(
-  q, k, real, start, T: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr,
+  q, k, real, start, T: tl.constexpr, TILE: tl.constexpr, SIGN: tl.constexpr,
   MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-  """[ROWS, TILE] in base 2, -inf where a token is not real."""
-  x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
+  """Products of queries and keys, [ROWS, TILE], with the scale's sign; -inf where nothing is."""
+  x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+  if SIGN != 1:
+    x *= SIGN
   slots = start + tl.arange(0, TILE)
   if MASKED:
     seen = tl.load(real + slots, mask=slots < T, other=0) != 0
@@ -96,15 +100,15 @@ def forward_kernel(
   output, top, inverse,
   L: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
   TILE: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-  SCALE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr,
+  SIGN: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr,
   PRECISION: tl.constexpr,
 ):  # fmt: skip
   """What labels read from a split of a document's tokens: grid (label blocks, B * SPLITS).
 
   `real` is [B, T]; `blocks` [B, T / TILE] has those with real tokens first, `filled` [B] says how
-  many they are. One split: `output` [B, L, V], and with STATISTICS `top`, the largest score, and
-  `inverse`, 1 / the sum of 2^(score - top), [B, L]; 0, -inf and 0 without tokens. Several:
-  [B, SPLITS, ...] of sums of 2^(score - top) v, top, and, not inverted, sums of 2^(score - top).
+  many they are. One split: `output` [B, L, V], and with STATISTICS `top`, the largest product, and
+  `inverse`, 1 / the sum of weights, [B, L]; 0, -inf and 0 without tokens. Several: [B, SPLITS, ...]
+  of weighted sums that are not divided, top, and sums of weights.
   """
   begin = tl.program_id(0) * ROWS
   place = tl.program_id(1).to(tl.int64)
@@ -122,10 +126,10 @@ def forward_kernel(
     start = block_start(blocks, index, TILE, MASKED)
     k = load_rows(key, start, T, K, TILE, K_BLOCK)
     v = load_rows(value, start, T, V, TILE, V_BLOCK)
-    x = scores(q, k, real, start, T, TILE, SCALE, MASKED, PRECISION)
+    x = scores(q, k, real, start, T, TILE, SIGN, MASKED, PRECISION)
     larger = tl.maximum(largest, tl.max(x, 1))
-    shrink = tl.exp2(largest - larger)
-    weights = tl.exp2(x - larger[:, None])
+    shrink = tl.exp2((largest - larger) * SCALE)
+    weights = tl.exp2((x - larger[:, None]) * SCALE)
     summed = summed * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     largest = larger
@@ -145,7 +149,7 @@ def join_kernel(
   parts, part_top, part_sum,
   output, top, inverse,
   L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, V_BLOCK: tl.constexpr,
-  SPLITS: tl.constexpr, STATISTICS: tl.constexpr,
+  SPLITS: tl.constexpr, SCALE: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
   """Joins what splits of a document gave: grid (label blocks, B)."""
   begin = tl.program_id(0) * ROWS
@@ -162,7 +166,7 @@ def join_kernel(
   acc = tl.zeros((ROWS, V_BLOCK), tl.float32)
   for split in range(SPLITS):
     theirs = tl.load(part_top + split * L, mask=rows < L, other=-float("inf"))
-    shrink = tl.exp2(theirs - finite)
+    shrink = tl.exp2((theirs - finite) * SCALE)
     summed += shrink * tl.load(part_sum + split * L, mask=rows < L, other=0.0)
     part = load_rows(parts + (batch * SPLITS + split) * L * V, begin, L, V, ROWS, V_BLOCK)
     acc += shrink[:, None] * part

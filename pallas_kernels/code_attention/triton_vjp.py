@@ -18,8 +18,8 @@ class Residuals(NamedTuple):
   key: Float[Array, "B T K"]
   value: Float[Array, "B T V"]
   mask: Bool[Array, "B T"] | None
-  top: Float[Array, "B L"]  # the largest score, in base 2; -inf without tokens
-  inverse: Float[Array, "B L"]  # 1 / the sum of 2^(score - top); 0 without tokens
+  top: Float[Array, "B L"]  # the largest product, with the scale's sign; -inf without tokens
+  inverse: Float[Array, "B L"]  # 1 / the sum of e^(scale (product - top)); 0 without tokens
 
 
 INPUTS = Residuals._fields[:4]

@@ -84,7 +84,7 @@ def resources_of(
 def operations(compiled) -> tuple[int, int, int]:
   """(kernel calls, loops, elements of the largest array) of an XLA executable."""
   text = compiled.as_text()
-  shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]", text)
+  shapes = re.findall(r"\b(?:f32|bf16|f16|s32|s16|pred)\[([\d,]+)\]", text)
   largest = max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
   calls = len(re.findall(r'custom_call_target="triton_kernel_call', text))
   return calls, len(re.findall(r" while\(", text)), largest

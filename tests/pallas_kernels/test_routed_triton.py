@@ -5,7 +5,6 @@ kernels is in test_routed_triton_aot.py.
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from attnzoo.pallas_kernels.routed_attention.xla import attend_clusters
 from attnzoo_testing.cuda_aot import H100
 from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.triton_interpreter import interpret
+from attnzoo_testing.triton_launches import changed, interpret_operator
 
 LEARNED = ("query", "key", "value", "relative_keys", "relative_values")
 
@@ -183,38 +183,24 @@ def finished(arrays, name):
 # --- Seeded faults --------------------------------------------------------------------------------
 
 
-def changed(kernel, constants=None, **inputs):
-  """A fault: launches of kernels with such a name have other constants or read other arrays."""
-
-  def spoil(launches):
-    return tuple(
-      dataclasses.replace(
-        launch,
-        constants=launch.constants | (constants or {}),
-        inputs=tuple(inputs.get(n, n) for n in launch.inputs),
-      )
-      if kernel in launch.kernel
-      else launch
-      for launch in launches
-    )
-
-  return spoil
+def fault(kernel, constants=None, **inputs):
+  return lambda launches: changed(launches, kernel, constants, **inputs)
 
 
 # (fault, run): every one of them must fail the comparison.
 FAULTS = {
-  "later_members_seen": (changed("forward", dict(CAUSAL="none")), "last_resort"),
-  "later_members_backwards": (changed(":gradient", dict(CAUSAL="none")), "last_resort"),
-  "ranks_for_positions": (changed(":gradient", dict(CAUSAL="slot")), "positions"),
-  "no_share": (changed(":gradient", share="ones"), "last_resort"),
-  "sum_not_subtracted": (changed(":gradient", drop="nothing"), "last_resort"),
-  "queries_for_keys": (changed("combine", key_slot_of="slot_of"), "ranks"),
-  "another_epsilon": (changed("combine", dict(EPSILON=1e-3)), "last_resort"),
-  "zeros_seen_backwards": (changed("gradient", dict(ZEROS_SEEN=True)), "zeros_hidden"),
-  "own_pair_learns": (changed(":gradient", dict(LAST_RESORT=False)), "last_resort"),
-  "shorter_tables": (changed("drop", dict(LIMIT=4)), "zeros_hidden"),
-  "tables_of_later_members": (changed("table", dict(CAUSAL="none")), "zeros_hidden"),
-  "one_member_less": (changed("members_kernel", dict(W=19)), "last_resort"),
+  "later_members_seen": (fault("forward", dict(CAUSAL="none")), "last_resort"),
+  "later_members_backwards": (fault(":gradient", dict(CAUSAL="none")), "last_resort"),
+  "ranks_for_positions": (fault(":gradient", dict(CAUSAL="slot")), "positions"),
+  "no_share": (fault(":gradient", share="ones"), "last_resort"),
+  "sum_not_subtracted": (fault(":gradient", drop="nothing"), "last_resort"),
+  "queries_for_keys": (fault("combine", key_slot_of="slot_of"), "ranks"),
+  "another_epsilon": (fault("combine", dict(EPSILON=1e-3)), "last_resort"),
+  "zeros_seen_backwards": (fault("gradient", dict(ZEROS_SEEN=True)), "zeros_hidden"),
+  "own_pair_learns": (fault(":gradient", dict(LAST_RESORT=False)), "last_resort"),
+  "shorter_tables": (fault("drop", dict(LIMIT=4)), "zeros_hidden"),
+  "tables_of_later_members": (fault("table", dict(CAUSAL="none")), "zeros_hidden"),
+  "one_member_less": (fault("members_kernel", dict(W=19)), "last_resort"),
 }
 
 
@@ -306,19 +292,7 @@ def test_differentiable_function(monkeypatch):
   """With the block sizes that a GPU would have; its launches are interpreted."""
   pytest.importorskip("triton")
 
-  def run_launches(launches, arrays, _):
-    def host(*values):
-      arrays = dict(zip(names, map(np.asarray, values), strict=True))
-      got = interpret([(launches, arrays)])[0]
-      return {n: got[n] for n in shapes}
-
-    names = [n for n, x in arrays.items() if x is not None]
-    shapes = {n: shape for launch in launches for n, shape in launch.outputs.items()}
-    return arrays | jax.pure_callback(host, shapes, *(arrays[n] for n in names))
-
-  monkeypatch.setattr(triton_vjp, "run_launches", run_launches)
-  monkeypatch.setattr(triton_vjp, "target_gpu", lambda _: H100)
-  monkeypatch.setattr(triton, "target_gpu", lambda _: H100)
+  interpret_operator(monkeypatch, triton, triton_vjp, H100)
   function = functools.partial(attend, triton_vjp.attend_clusters_triton, RUNS["padded_clipped"])
   got = with_gradients(function, "padded_clipped", "float32")
   assert_as_exact(got, *expected("padded_clipped"), np.dtype("float32"))

@@ -1,26 +1,16 @@
 """Routed attention compiled for GPUs that are not here: machine code and whole programs."""
 
 import functools
-import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from attnzoo.pallas_kernels import Routing, routed_attention
 from attnzoo.pallas_kernels.routed_attention import triton
-from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100, compile_launch
-
-needs_triton = pytest.mark.skipif(
-  importlib.util.find_spec("triton") is None, reason="no triton here"
-)
-needs_plugin = pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None
-  or importlib.util.find_spec("jax_triton") is None,
-  reason="no CUDA plugin or jax-triton here",
-)
+from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100
+from attnzoo_testing.triton_launches import needs_plugin, needs_triton, operations, resources_of
 
 OFFICIAL = Routing(512, "official", mask="rank", zero_values_seen=False)
 # (GPU, (B, T, H, C, D), dtype, rows of the tables, most shared memory of the kernels with products,
@@ -33,16 +23,14 @@ COMPILED = {
 MEMBERS_SPILLS = 64  # 12288 scores lie in the registers of 16 warps
 
 
-def resources_of(gpu, sizes, dtype, rows):
-  """What the assembler says of each kernel."""
+def kernels_of(gpu, sizes, dtype, rows):
   problem = triton.Problem(*sizes, sizes[-1], dtype, True, True, rows, OFFICIAL)
   config = triton.choose_config(problem, gpu)
   launches = triton.forward_launches(problem, config) + triton.backward_launches(problem, config)
   dtypes = {name: dtype for launch in launches for name in launch.inputs} | {"scores": "float32"}
   dtypes |= {n: s.dtype.name for launch in launches for n, s in launch.outputs.items()}
-  names = [launch.kernel.split(":")[1] for launch in launches]
-  first = dict(zip(names[::-1], launches[::-1], strict=True))  # of several, the forward pass's
-  return {name: compile_launch(launch, dtypes, gpu) for name, launch in first.items()}
+  first = {launch.kernel: launch for launch in launches[::-1]}  # of several, the forward pass's
+  return resources_of(first.values(), dtypes, gpu)
 
 
 @needs_triton
@@ -50,7 +38,7 @@ def resources_of(gpu, sizes, dtype, rows):
 @pytest.mark.parametrize("name", COMPILED)
 def test_machine_code(name):
   gpu, sizes, dtype, rows, shared_memory, spills = COMPILED[name]
-  found = resources_of(gpu, sizes, dtype, rows)
+  found = kernels_of(gpu, sizes, dtype, rows)
   for kernel, resources in found.items():
     print(name, kernel, resources)
   products = {"forward_kernel", "drop_kernel", "gradient_kernel"}
@@ -71,14 +59,8 @@ def tokens(batch, length, heads, dim, clusters, dtype=jnp.bfloat16):
   return query, query, scores
 
 
-def operations(compiled):
-  """(kernel calls, loops, sorts, elements of the largest array)."""
-  text = compiled.as_text()
-  shapes = re.findall(r"\b(?:f32|bf16|f16|s32|s16|pred)\[([\d,]+)\]", text)
-  largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
-  calls = len(re.findall(r'custom_call_target="triton_kernel_call', text))
-  sorts = len(re.findall(r" (?:sort|topk)\(|TopK", text))
-  return calls, len(re.findall(r" while\(", text)), sorts, largest
+def sorts(compiled):
+  return len(re.findall(r" (?:sort|topk)\(|TopK", compiled.as_text()))
 
 
 def attention(query, value, scores, *tables, options=OFFICIAL):
@@ -93,16 +75,17 @@ def test_whole_program():
   arrays, one_array = tokens(1, 1024, 2, 32, 4), 1024 * 2 * 32
   short = functools.partial(attention, options=Routing(256, "official"))
   tables = [jax.ShapeDtypeStruct((2 * 99 + 1, 32), jnp.float32)] * 2
-  calls, loops, sorts, largest = operations(compile_for_h100(short, *arrays, *tables))
-  assert (calls, loops, sorts) == (3, 0, 0)
+  compiled = compile_for_h100(short, *arrays, *tables)
+  calls, loops, largest = operations(compiled)
+  assert (calls, loops, sorts(compiled)) == (3, 0, 0)
   assert largest == one_array
 
   def pull(cotangent, query, value, scores):
     return jax.vjp(lambda q, v: short(q, v, scores), query, value)[1](cotangent)
 
   compiled = compile_for_h100(pull, arrays[0], *arrays)
-  calls, loops, sorts, largest = operations(compiled)
-  assert (calls, loops, sorts) == (7, 0, 0)
+  calls, loops, largest = operations(compiled)
+  assert (calls, loops, sorts(compiled)) == (7, 0, 0)
   assert largest == one_array
   # Outputs of the slots, later their gradients: at most three arrays at a time beside the inputs.
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * one_array
@@ -123,7 +106,7 @@ def test_lengths_and_vmap():
     return jnp.sum(output.astype(jnp.float32) ** 2)
 
   compiled = compile_for_h100(jax.vmap(jax.grad(loss)), arrays[:2], arrays[2], lengths)
-  calls, loops, _, _ = operations(compiled)
+  calls, loops, _ = operations(compiled)
   assert calls == 7
   assert loops >= 1
 

@@ -1,9 +1,6 @@
 """The Triton kernels of routed attention: block sizes, memory traffic, refusals, a run on a GPU."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +12,7 @@ from attnzoo.pallas_kernels.cases import Case
 from attnzoo.pallas_kernels.routed_attention import cases, triton
 from attnzoo.pallas_kernels.triton_call import Gpu
 from attnzoo_testing.cuda_aot import A100, H100, abstract_gpu
-from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.numerics import assert_as_exact
-
-needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
+from attnzoo_testing.triton_launches import assert_imports_no_triton, compare_on_gpu, needs_gpu
 
 LAYERS = [case for case in cases.CASES if "aot" in case.tags]
 
@@ -133,13 +127,7 @@ def test_refuses_other_machines(monkeypatch):
 
 
 def test_triton_is_imported_only_to_launch():
-  code = (
-    "import sys, attnzoo.pallas_kernels.routed_attention.triton_vjp\n"
-    "assert not {'triton', 'jax_triton'} & set(sys.modules)"
-  )
-  environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-  child = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-  assert child.returncode == 0
+  assert_imports_no_triton("attnzoo.pallas_kernels.routed_attention.triton_vjp")
 
 
 # --- On a GPU -------------------------------------------------------------------------------------
@@ -167,19 +155,4 @@ GPU_CASES = (
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_gpu(case, dtype):
-  inputs = cases.make_inputs(case, jnp.dtype(dtype))
-  scores = {n: inputs.pop(n) for n in ("scores", "key_scores") if n in inputs}
-  xla, kernel, definition = (
-    functools.partial(cases.operator, implementation=name, **scores, **cases.static_options(case))
-    for name in ("xla", "triton", "reference")
-  )
-  cotangent = cotangents(xla, inputs)
-  portable = results_and_gradients(xla, inputs, cotangent, cases.RESULTS)
-  got = results_and_gradients(kernel, inputs, cotangent, cases.RESULTS)
-  with jax.enable_x64(True):
-    wide = {
-      n: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-      for n, x in inputs.items()
-    }
-    truth = results_and_gradients(definition, wide, cotangent, cases.RESULTS)
-  assert_as_exact(got, portable, truth, jnp.dtype(dtype))
+  compare_on_gpu(cases, case, dtype, fixed=("scores", "key_scores"))

@@ -6,9 +6,6 @@ What the compilers make of the kernels is in test_softplus_triton_aot.py.
 import concurrent.futures
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -35,6 +32,7 @@ from attnzoo.pallas_kernels.triton_call import Gpu
 from attnzoo_testing.cuda_aot import A100, H100, abstract_gpu
 from attnzoo_testing.numerics import assert_as_exact, relative_error
 from attnzoo_testing.triton_interpreter import interpret
+from attnzoo_testing.triton_launches import assert_imports_no_triton, changed, interpret_operator
 
 RESULTS = ("output", "d_query", "d_key", "d_value")
 
@@ -157,35 +155,26 @@ def program(name):
 # --- Seeded faults --------------------------------------------------------------------------------
 
 
-def changed(kernel, constants=None, **inputs):
-  """A fault: launches of kernels with such a name have other constants or read other arrays."""
+def fault(kernel, constants=None, **inputs):
+  """`changed` launches, with an array of zeros to read instead of the right one."""
 
   def spoil(launches, arrays):
-    spoiled = tuple(
-      dataclasses.replace(
-        launch,
-        constants=launch.constants | (constants or {}),
-        inputs=tuple(inputs.get(n, n) for n in launch.inputs),
-      )
-      if kernel in launch.kernel
-      else launch
-      for launch in launches
-    )
-    return spoiled, arrays | dict(nothing=np.zeros((2, 4, 64), np.float32))
+    arrays = arrays | dict(nothing=np.zeros((2, 4, 64), np.float32))
+    return changed(launches, kernel, constants, **inputs), arrays
 
   return spoil
 
 
 # (fault, run): every one of them must fail the comparison.
 FAULTS = {
-  "other_documents_seen": (changed("forward", dict(DOCUMENTS=False)), "packed"),
-  "other_documents_backwards": (changed("key_gradient", dict(DOCUMENTS=False)), "packed"),
-  "later_queries_forgotten": (changed("key_gradient", stop="documents"), "packed"),
-  "nothing_through_the_mean": (changed("key_gradient", lift="nothing"), "lssar"),
-  "sum_not_subtracted": (changed("key_gradient", drop="nothing"), "lssa"),
-  "first_rows_offset": (changed("forward", dict(SKIP=0.0)), "lssar"),
-  "another_power": (changed("row_gradient", dict(WHOLE=14)), "lssar"),
-  "coarse_logarithm": (changed("forward", dict(DEGREE=4)), "lssa"),
+  "other_documents_seen": (fault("forward", dict(DOCUMENTS=False)), "packed"),
+  "other_documents_backwards": (fault("key_gradient", dict(DOCUMENTS=False)), "packed"),
+  "later_queries_forgotten": (fault("key_gradient", stop="documents"), "packed"),
+  "nothing_through_the_mean": (fault("key_gradient", lift="nothing"), "lssar"),
+  "sum_not_subtracted": (fault("key_gradient", drop="nothing"), "lssa"),
+  "first_rows_offset": (fault("forward", dict(SKIP=0.0)), "lssar"),
+  "another_power": (fault("row_gradient", dict(WHOLE=14)), "lssar"),
+  "coarse_logarithm": (fault("forward", dict(DEGREE=4)), "lssa"),
 }
 
 
@@ -256,13 +245,7 @@ def test_differentiable_function(monkeypatch):
   """With the block sizes that a GPU would have; its launches are interpreted."""
   pytest.importorskip("triton")
 
-  def run_launches(launches, arrays, _):
-    given = {n: np.asarray(x) for n, x in arrays.items() if x is not None}
-    return arrays | {n: jnp.asarray(x) for n, x in interpret([(launches, given)])[0].items()}
-
-  monkeypatch.setattr(triton_vjp, "run_launches", run_launches)
-  monkeypatch.setattr(triton_vjp, "target_gpu", lambda _: H100)
-  monkeypatch.setattr(triton, "target_gpu", lambda _: H100)
+  interpret_operator(monkeypatch, triton, triton_vjp, H100)
   arrays, (_, variant, dtype) = given("packed"), RUNS["packed"]
 
   def attend(q, k, v):
@@ -344,10 +327,4 @@ def test_refuses_other_machines(monkeypatch):
 
 
 def test_triton_is_imported_only_to_launch():
-  code = (
-    "import sys, attnzoo.pallas_kernels.softplus_attention.triton_vjp\n"
-    "assert not {'triton', 'jax_triton'} & set(sys.modules)"
-  )
-  environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-  child = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-  assert child.returncode == 0
+  assert_imports_no_triton("attnzoo.pallas_kernels.softplus_attention.triton_vjp")

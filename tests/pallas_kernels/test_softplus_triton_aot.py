@@ -1,12 +1,9 @@
 """Softplus attention compiled for GPUs that are not here: machine code and whole programs."""
 
 import functools
-import importlib.util
-import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from attnzoo.pallas_kernels.cases import Case
@@ -19,19 +16,15 @@ from attnzoo.pallas_kernels.softplus_attention import (
   softplus_attention,
   triton,
 )
-from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100, compile_launch
-from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.numerics import assert_as_exact
-
-needs_triton = pytest.mark.skipif(
-  importlib.util.find_spec("triton") is None, reason="no triton here"
+from attnzoo_testing.cuda_aot import A100, H100, compile_for_h100
+from attnzoo_testing.triton_launches import (
+  compare_on_gpu,
+  needs_gpu,
+  needs_plugin,
+  needs_triton,
+  operations,
+  resources_of,
 )
-needs_plugin = pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None
-  or importlib.util.find_spec("jax_triton") is None,
-  reason="no CUDA plugin or jax-triton here",
-)
-needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here")
 
 FLOAT32 = dict.fromkeys(("scale", "count"), "float32")
 INT32 = dict.fromkeys(("documents", "first", "stop"), "int32")
@@ -47,8 +40,7 @@ COMPILED = {
 }
 
 
-def resources_of(gpu, sizes, dtype, variant):
-  """What the assembler says of each kernel."""
+def kernels_of(gpu, sizes, dtype, variant):
   batch, length, total, heads, groups, dim = sizes
   documents = total > length
   shape = (batch, length, total, heads, groups, dim, dim)
@@ -56,11 +48,7 @@ def resources_of(gpu, sizes, dtype, variant):
   config = triton.choose_config(problem, gpu)
   launches = (triton.forward_launch(problem, config), *triton.backward_launches(problem, config))
   dtypes = {name: dtype for launch in launches for name in launch.inputs}
-  dtypes |= {n: s.dtype.name for launch in launches for n, s in launch.outputs.items()}
-  return {
-    launch.kernel.split(":")[1]: compile_launch(launch, dtypes | FLOAT32 | INT32, gpu)
-    for launch in launches
-  }
+  return resources_of(launches, dtypes | FLOAT32 | INT32, gpu)
 
 
 @needs_triton
@@ -68,7 +56,7 @@ def resources_of(gpu, sizes, dtype, variant):
 @pytest.mark.parametrize("name", COMPILED)
 def test_machine_code(name):
   gpu, sizes, dtype, variant, shared_memory, registers = COMPILED[name]
-  found = resources_of(gpu, sizes, dtype, variant)
+  found = kernels_of(gpu, sizes, dtype, variant)
   for kernel, resources in found.items():
     print(name, kernel, resources)
   assert set(found) == {"forward_kernel", "row_gradient_kernel", "key_gradient_kernel"}
@@ -84,15 +72,6 @@ def tokens(batch, length, heads, groups, dim, dtype=jnp.bfloat16):
   query = jax.ShapeDtypeStruct((batch, length, heads, dim), dtype)
   key = jax.ShapeDtypeStruct((batch, length, groups, dim), dtype)
   return query, key, key
-
-
-def operations(compiled):
-  """(kernel calls, loops, elements of the largest array)."""
-  text = compiled.as_text()
-  shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]", text)
-  largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
-  calls = len(re.findall(r'custom_call_target="triton_kernel_call', text))
-  return calls, len(re.findall(r" while\(", text)), largest
 
 
 @needs_plugin
@@ -169,18 +148,4 @@ GPU_CASES = (
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_gpu(case, dtype):
-  inputs = cases.make_inputs(case, jnp.dtype(dtype))
-  xla, kernel, definition = (
-    functools.partial(cases.operator, implementation=name, **cases.static_options(case))
-    for name in ("xla", "triton", "reference")
-  )
-  cotangent = cotangents(xla, inputs)
-  portable = results_and_gradients(xla, inputs, cotangent, cases.RESULTS)
-  got = results_and_gradients(kernel, inputs, cotangent, cases.RESULTS)
-  with jax.enable_x64(True):
-    wide = {
-      n: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-      for n, x in inputs.items()
-    }
-    truth = results_and_gradients(definition, wide, cotangent, cases.RESULTS)
-  assert_as_exact(got, portable, truth, jnp.dtype(dtype))
+  compare_on_gpu(cases, case, dtype)
