@@ -19,7 +19,18 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-# Imported here and not above: it loads jax, which reads the environment.
+# Imported here and not above: jax reads the environment.
+import jax  # noqa: E402
+
 from attnzoo_testing import annotations  # noqa: E402
 
+# Marks of tests that look at compiled programs.
+_COMPILED = ("tpu_aot", "cuda_aot", "gpu")
+
 annotations.install("attnzoo.pallas_kernels", "attnzoo.layers", "attnzoo.zoo")
+
+
+def pytest_runtest_setup(item):
+  """Exactness of operators is measured on the code that users run; all else compiles quickly."""
+  as_users = "pallas_kernels" in item.path.parts or any(map(item.get_closest_marker, _COMPILED))
+  jax.config.update("jax_disable_most_optimizations", not as_users)

@@ -83,7 +83,8 @@ def tiles_of(problem: Problem, gpu: Gpu) -> tuple[Tile, Tile, Tile, Tile]:
 
   Tokens enter again for every block of labels, so that more labels at a time are fewer reads. In
   float32, whose products have three parts, a warp keeps both parts of its operands in registers:
-  with over 128 channels 16 rows are what fits (two of the kernels then spill up to 100 numbers of each thread).
+  with over 128 channels 16 rows are what fits (two of the kernels then spill up to 100 numbers of
+  each thread).
   """
   wide_key, wide_value = problem.key_dim > 128, problem.value_dim > 128
   if problem.dtype == "float32":

@@ -47,10 +47,10 @@ def _attend(query, key, value, mask, scale):
   return _run_forward((query, key, value, mask), scale, statistics=False)["output"]
 
 
-def _forward(*args):
-  *inputs, scale = args
-  arrays = _run_forward(inputs, scale, statistics=True)
-  return arrays["output"], Residuals(*inputs, arrays["top"], arrays["inverse"])
+def _forward(query, key, value, mask, scale):
+  arrays = _run_forward((query, key, value, mask), scale, statistics=True)
+  kept = Residuals(query, key, value, mask, arrays["top"], arrays["inverse"])
+  return arrays["output"], kept
 
 
 def _run_forward(inputs, scale, statistics):
