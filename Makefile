@@ -31,7 +31,7 @@ comma := ,
 DEVICE := $(if $(findstring cuda,$(JAX_PLATFORMS)),$(comma)cuda)$(if $(findstring tpu,$(JAX_PLATFORMS)),$(comma)tpu)
 PYTEST := $(PY) -m pytest --durations=15
 .DEFAULT_GOAL := help
-.PHONY: help train train-long recall length-speed length-generalisation length-extrapolation test test-fast test-gpu bench bench-gpu numerics lint format clean
+.PHONY: help train train-long recall length-speed length-generalisation length-extrapolation test test-all test-fast test-gpu bench bench-gpu numerics lint format clean
 
 help: ## print this list
 	@echo "attnzoo (jax platform here: $(JAX_PLATFORMS))"
@@ -61,13 +61,17 @@ length-extrapolation: ## the same for softplus attention, 16 times as long, with
 	@.ci/set-up data$(DEVICE)
 	$(PY) -m attnzoo.experiments.length_extrapolation $(ARGS)
 
-test: ## set up and run every test that needs no GPU
+test: ## set up and run the tests that need no GPU
+	@.ci/set-up test
+	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not (gpu or exhaustive)" $(ARGS)
+
+test-all: ## the same and more variations of what they run
 	@.ci/set-up test
 	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-fast: ## the quick tests: no slow ones, no compiling for absent accelerators
 	@.ci/set-up test
-	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not (gpu or slow or tpu_aot or cuda_aot)" $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTEST) -n $(JOBS) --dist worksteal -m "not (gpu or slow or exhaustive or tpu_aot or cuda_aot)" $(ARGS)
 
 test-gpu: ## the tests that need an NVIDIA GPU
 	@.ci/set-up test,cuda

@@ -160,9 +160,9 @@ def measure(session: Session, case, pass_name: str, skipped: dict) -> list[dict]
     for peer in session.operator.peers:
       reason = peer_obstacle(session, peer, case, pass_name)
       if reason is None:
-        arguments = (
-          session.operator.step_inputs(inputs, **static) if pass_name == "step" else inputs
-        )
+        arguments = inputs
+        if pass_name == "step" and session.operator.step_inputs is not None:
+          arguments = session.operator.step_inputs(inputs, **static)
         own = {name: static[name] for name in peer.options}
         run = peer.prepare(arguments, cotangent, pass_name, session.platform, **own)
         run()  # fills caches

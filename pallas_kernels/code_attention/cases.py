@@ -46,7 +46,7 @@ def make_inputs(case: Case, dtype=np.float32, seed: int = 0) -> dict[str, np.nda
   inputs = dict(query=query.astype(dtype), key=key.astype(dtype), value=value.astype(dtype))
   if option.get("mask") == "padding":
     lengths = rng.integers(1, length + 1, batch)
-    lengths[:2] = length, 0
+    lengths[:2] = (length, 0)[:batch]
     inputs["mask"] = np.arange(length) < lengths[:, None]
   elif option.get("mask") == "scattered":
     inputs["mask"] = rng.random((batch, length)) < 0.5

@@ -13,6 +13,7 @@ from attnzoo.pallas_kernels import lightning_attention
 from attnzoo.pallas_kernels.cases import tagged
 from attnzoo.pallas_kernels.lightning_attention.cases import CASES, make_inputs, minimum_bytes
 from attnzoo_testing.goldens import golden
+from attnzoo_testing.marks import each_once
 from attnzoo_testing.numerics import assert_as_exact, relative_error
 from attnzoo_testing.tpu_aot import (
   check_schedule,
@@ -279,10 +280,12 @@ def program(case, dtype):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(
   ("case", "chip"),
-  [
-    *((case, chip) for case in AOT_CASES for chip in ("v5e", "v5p", "v6e")),
-    (BY_NAME["layer_1b_lrpe"], "v4"),  # the largest blocks in the smallest VMEM
-  ],
+  each_once(
+    [
+      *((case, chip) for case in AOT_CASES for chip in ("v5e", "v5p", "v6e")),
+      (BY_NAME["layer_1b_lrpe"], "v4"),  # the largest blocks in the smallest VMEM
+    ]
+  ),
   ids=lambda x: getattr(x, "name", x),
 )
 def test_compiles(case, chip):

@@ -12,7 +12,7 @@ import pytest
 from attnzoo.pallas_kernels import RatState, rat_attention, sharded_rat_attention
 from attnzoo.pallas_kernels.rat_attention import cases, layout, sharding, tpu_vjp
 from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.marks import slow_but
+from attnzoo_testing.marks import slow_but, some_faults
 from attnzoo_testing.numerics import assert_as_exact, relative_error
 from attnzoo_testing.oracle import widen
 
@@ -276,8 +276,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", some_faults(FAULTS), ids=lambda fault: fault.__name__)
 def test_seeded_fault_is_seen(fault, monkeypatch):
   truth = expected(FAULTS[fault][1])[1]
   fault(monkeypatch)

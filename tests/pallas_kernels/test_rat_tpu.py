@@ -20,7 +20,7 @@ from attnzoo.pallas_kernels.rat_attention import (
   tpu_vjp,
 )
 from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.marks import slow_but
+from attnzoo_testing.marks import slow_but, some_faults, thinned
 from attnzoo_testing.numerics import assert_as_exact
 from attnzoo_testing.oracle import Oracle, widen
 
@@ -83,8 +83,9 @@ def test_padding_of_rows_is_as_if_not_there():
   assert_as_exact(results["tpu"], results["xla"], results["reference"], np.float32)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["partial_chunk", "chunks_of_one", "packed"])
+@pytest.mark.parametrize(
+  "name", thinned(["partial_chunk", "chunks_of_one", "packed"], slow=["partial_chunk", "packed"])
+)
 def test_bfloat16_against_float64(name):
   """To twice the error of the portable path in bfloat16."""
   inputs = cases.make_inputs(ORACLE.ci[name], jnp.bfloat16)
@@ -255,8 +256,7 @@ def test_no_fault(which):
   attempt(which)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", some_faults(FAULTS), ids=lambda fault: fault.__name__)
 def test_fault_is_found(fault, monkeypatch):
   small()  # before the fault is planted
   fault(monkeypatch)

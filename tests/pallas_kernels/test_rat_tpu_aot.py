@@ -17,6 +17,7 @@ from attnzoo.pallas_kernels.rat_attention.cases import (
   operator,
   static_options,
 )
+from attnzoo_testing.marks import each_once
 from attnzoo_testing.tpu_aot import (
   CHIPS,
   check_schedule,
@@ -134,7 +135,7 @@ check_compiled(BY_NAME[{name!r}], jnp.{dtype}, {chip!r})
 
 @needs_libtpu
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize(("name", "chip", "dtype"), SCHEDULES)
+@pytest.mark.parametrize(("name", "chip", "dtype"), each_once(SCHEDULES))
 def test_compiled(name, chip, dtype, monkeypatch):
   monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
   found = schedules(_CHILD.format(name=name, chip=chip, dtype=dtype))

@@ -19,7 +19,7 @@ from attnzoo.pallas_kernels import (
 from attnzoo.pallas_kernels.sliding_window_attention import api, cases, window, xla
 from attnzoo_testing.goldens import golden
 from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.marks import slow_but
+from attnzoo_testing.marks import slow_but, some_faults, thinned
 from attnzoo_testing.numerics import relative_error
 from attnzoo_testing.oracle import Oracle
 
@@ -185,7 +185,7 @@ def test_step_by_step_is_parallel(left, with_state):
   same_state(state, final)
 
 
-@pytest.mark.parametrize("split", slow_but([1, 5, 12, 79], 12))
+@pytest.mark.parametrize("split", thinned([1, 5, 12, 79], [12], [79]))
 def test_two_calls_with_the_state_passed_are_one(split):
   inputs, stored = tokens()
   output, final = run(inputs, stored)
@@ -387,8 +387,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", some_faults(FAULTS), ids=lambda fault: fault.__name__)
 def test_seeded_fault_is_seen(fault, monkeypatch):
   name = FAULTS[fault]
   ORACLE.expected(name)  # the truth is computed before the fault is planted

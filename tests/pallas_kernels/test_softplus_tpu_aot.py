@@ -14,7 +14,7 @@ from attnzoo.pallas_kernels.softplus_attention.cases import (
   operator,
   static_options,
 )
-from attnzoo_testing.marks import slow_but
+from attnzoo_testing.marks import each_once
 from attnzoo_testing.tpu_aot import (
   check_schedules,
   compile_for_tpu,
@@ -128,7 +128,7 @@ QUICK = (
 
 @needs_libtpu
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize(("name", "chip", "dtype"), slow_but(SCHEDULES, *QUICK))
+@pytest.mark.parametrize(("name", "chip", "dtype"), each_once(SCHEDULES, *QUICK))
 def test_compiled(name, chip, dtype):
   limits = SCHEDULES[name, chip, dtype]
   check_schedules(__file__, "softplus_attention", name, chip, dtype, limits)

@@ -11,7 +11,7 @@ from attnzoo.pallas_kernels import taylor_attention, taylor_attention_step
 from attnzoo.pallas_kernels.taylor_attention import cases, features, xla
 from attnzoo_testing.goldens import golden
 from attnzoo_testing.gradients import cotangents, results_and_gradients
-from attnzoo_testing.marks import slow_but
+from attnzoo_testing.marks import slow_but, thinned
 from attnzoo_testing.numerics import relative_error
 from attnzoo_testing.oracle import Oracle
 
@@ -92,7 +92,11 @@ def test_xla_float32(name, chunk_size):
 
 @pytest.mark.parametrize(
   ("name", "chunk_size"),
-  slow_but([*((name, 7) for name in ORACLE.ci), ("packed_and_padded", 1)], ("decayed", 7)),
+  thinned(
+    [*((name, 7) for name in ORACLE.ci), ("packed_and_padded", 1)],
+    [("decayed", 7)],
+    [("packed_and_padded", 1)],
+  ),
 )
 def test_xla_float64(name, chunk_size):
   ORACLE.compare_wide(name, implementation="xla", chunk_size=chunk_size)
@@ -141,7 +145,7 @@ def part(inputs, start, stop, **replaced):
   return {n: x if n in whole else x[:, start:stop] for n, x in inputs.items()} | replaced
 
 
-@pytest.mark.parametrize("split", slow_but([1, 16, 50, 89], 50))
+@pytest.mark.parametrize("split", thinned([1, 16, 50, 89], [50], [89]))
 def test_two_calls_with_the_state_passed_are_one(split):
   inputs = case_inputs("decayed")
   output, final_state = run(inputs)

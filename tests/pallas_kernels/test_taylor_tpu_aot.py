@@ -16,6 +16,7 @@ from attnzoo.pallas_kernels.taylor_attention.cases import (
   static_options,
 )
 from attnzoo.pallas_kernels.taylor_attention.features import feature_count
+from attnzoo_testing.marks import each_once
 from attnzoo_testing.tpu_aot import (
   check_schedule,
   compile_for_tpu,
@@ -102,7 +103,7 @@ check_compiled(BY_NAME[{name!r}], jnp.{dtype}, {chip!r})
 
 @needs_libtpu
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize(("name", "chip", "dtype"), SCHEDULES)
+@pytest.mark.parametrize(("name", "chip", "dtype"), each_once(SCHEDULES))
 def test_compiled(name, chip, dtype, monkeypatch):
   monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
   found = schedules(_CHILD.format(name=name, chip=chip, dtype=dtype))
