@@ -70,6 +70,11 @@ def main(_) -> None:
 
 def _experiment() -> config.Experiment:
   mesh = _mesh(_MESH.value, _TOPOLOGY.value)
+  if hasattr(zoo.get_config(_MODEL.value), "labels"):
+    raise NotImplementedError(
+      f"--model must be a language model; got {_MODEL.value!r}, which codes notes (its kernels are"
+      " compiled for TPUs in the tests)"
+    )
   model = zoo.get_config(
     _MODEL.value, dtype="bfloat16", remat=_REMAT.value, implementation=_IMPLEMENTATION.value
   )

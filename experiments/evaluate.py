@@ -40,7 +40,8 @@ def main(_) -> None:
   run = runs.load(_WORKDIR.value, _STEP.value, fields)
   data = run.experiment.data
   if _DATA_PATH.value:
-    source = "sft" if data.source == "sft" else "auto"  # prompts with answers are no text
+    known = data.source in ("sft", "mimic3")  # prompts with answers and notes are no text
+    source = data.source if known else "auto"
     data = dataclasses.replace(data, source=source, path=_DATA_PATH.value, validation_path="")
   if _TOKENIZER.value:
     data = dataclasses.replace(data, tokenizer=_TOKENIZER.value)

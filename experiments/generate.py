@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from attnzoo.experiments import command_line
-from attnzoo.experiments.data import Tokenizer
+from attnzoo.experiments.data import NOTE_SOURCES, Tokenizer
 from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import runs, state
 
@@ -42,6 +42,11 @@ def main(_) -> None:
   texts = _prompts()
   fields = command_line.json_object("model_fields", _MODEL_FIELDS.value)
   run = runs.load(_WORKDIR.value, _STEP.value, fields)
+  if run.experiment.data.source in NOTE_SOURCES:
+    raise ValueError(
+      f"--workdir must hold a model that writes; got {_WORKDIR.value}, whose model codes notes (use"
+      " explain)"
+    )
   tokenizer = runs.the_tokenizer(run, _TOKENIZER.value)
   opening = runs.opening(run.experiment.data, tokenizer)
   drawn = generate(

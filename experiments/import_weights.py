@@ -9,7 +9,8 @@ are those of --model, or of the config.json beside it; checkpoints of RAT have n
 which preset they are by their shapes, where those say it. Files are mapped, not loaded: memory is
 needed for the parameters once (4 bytes each; 2 with --param_dtype=bfloat16) and for the largest
 stack of matrices, a quarter of them or so, a second time.
-To train on, use --config=lm:<model> and the same workdir; the optimizer starts anew.
+To train on, use --config=lm:<model> and the same workdir; the optimizer starts anew. TransICD codes
+notes: its workdir is for evaluate and explain, with the tables in --data_path.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from attnzoo.experiments.generation import Sampling, generate
 from attnzoo.experiments.training import checkpoints, config, state
 from attnzoo.layers import DecoderLM
 from attnzoo.zoo import models, published
+from attnzoo.zoo.transicd import TransICDConfig
 
 _SOURCE = flags.DEFINE_string("source", "", "A folder, or a .bin, .pth or .safetensors file.")
 _MODEL = flags.DEFINE_string("model", "", "Preset of the zoo; empty = the checkpoint says it.")
@@ -35,6 +37,7 @@ _END_TOKEN = flags.DEFINE_string("end_token", "", "Token between documents; empt
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder to make.")
 _PARAM_DTYPE = flags.DEFINE_enum("param_dtype", "float32", ["float32", "bfloat16"], "As stored.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to check the result with.")
+_DATA_PATH = flags.DEFINE_string("data_path", "mimic3", "TransICD: folder with MIMIC-III's tables.")
 
 
 def main(_) -> None:
@@ -49,6 +52,11 @@ def main(_) -> None:
   if _PROMPT.value is not None and tokenizer is None:
     raise ValueError("--tokenizer must be given with --prompt; got '' (see --help)")
   model_config = _model_config()
+  if isinstance(model_config, TransICDConfig) and tokenizer is not None:
+    raise ValueError(
+      f"--tokenizer must not be given for TransICD; got {_TOKENIZER.value} (its words are those of"
+      " the notes in --data_path)"
+    )
   if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
     raise ValueError(
       f"--tokenizer must have at most the model's {model_config.vocab_size} ids; got"
@@ -69,6 +77,11 @@ def _model_config():
 
 def _save(model: nnx.Module, model_config, tokenizer: Tokenizer | None) -> None:
   data = DataConfig(tokenizer=_TOKENIZER.value or "bytes", end_token=_END_TOKEN.value)
+  if isinstance(model_config, TransICDConfig):  # its vocabulary and codes are those of the notes
+    labels = "50" if model_config.labels == 50 else "full"
+    length = model_config.max_length
+    data = DataConfig(source="mimic3", path=_DATA_PATH.value, labels=labels, sequence_length=length,
+                      batch_size=8)  # fmt: skip
   record = dict(
     experiment=config.to_json_dict(config.Experiment(model=model_config, data=data)),
     tokenizer=None if tokenizer is None else describe_tokenizer(tokenizer),

@@ -19,6 +19,7 @@ from attnzoo.experiments.data.notes.assertions import load_assertions
 from attnzoo.experiments.training import config, loop, reports, state, summary
 from attnzoo.layers import label_margins
 from attnzoo.zoo.transicd import PRESETS, TransICDConfig
+from attnzoo.zoo.transicd_weights import export_weights
 from attnzoo_testing import small_runs
 from attnzoo_testing.invented_mimic3 import tables
 from attnzoo_testing.programs import Programs
@@ -210,6 +211,23 @@ def programs(tmp_path_factory):
   server = Programs(tmp_path_factory.mktemp("programs"))
   yield server
   server.close()
+
+
+@pytest.mark.slow
+def test_imported_weights(setup, done, programs, tmp_path):
+  outcome, _ = done
+  model = state.merge(outcome.run.parts, outcome.state.params)
+  export_weights(model, setup.model, tmp_path / "published.safetensors")
+  flags = (f"--source={tmp_path / 'published.safetensors'}", f"--data_path={setup.data.path}",
+           f"--workdir={tmp_path / 'run'}")  # fmt: skip
+  ended = programs.run("import_weights", *flags)
+  assert ended.code == 0, ended.err
+  ended = programs.run("evaluate", f"--workdir={tmp_path / 'run'}")
+  assert ended.code == 0, ended.err
+  assert "validation split" in ended.out
+  ended = programs.run("generate", f"--workdir={tmp_path / 'run'}", "--prompt=x")
+  assert ended.code == 2
+  assert "--workdir must hold a model that writes" in ended.err
 
 
 @pytest.mark.slow
