@@ -37,6 +37,7 @@ class Gpu:
   shared_memory: int  # bytes that one block may use
 
 
+MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
 # CUDA programming guide, technical specifications per compute capability.
 _SHARED_MEMORY = {
   75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448,
@@ -76,6 +77,21 @@ def target_gpu(function: str) -> Gpu:
       f'kernels; got {capability} (use "xla")'
     )
   return Gpu(capability, multiprocessors, _SHARED_MEMORY[capability])
+
+
+def too_old(gpu: Gpu) -> str | None:
+  """Why kernels that want `MIN_CAPABILITY` do not run on a GPU; None: they do."""
+  if gpu.compute_capability >= MIN_CAPABILITY:
+    return None
+  return (
+    f"the compute capability must be at least {MIN_CAPABILITY / 10}; got"
+    f" {gpu.compute_capability / 10}"
+  )
+
+
+def block_of(size: int, least: int = 16) -> int:
+  """Power of two that covers `size`; matrix products need 16."""
+  return max(least, 1 << (size - 1).bit_length())
 
 
 def run_launches(

@@ -11,7 +11,6 @@ Blocks of one length are filled up to one n, so that programs are compiled once 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Int
 
 from attnzoo.experiments.data.config import DataConfig
 from attnzoo.experiments.data.errors import refuse
-from attnzoo.experiments.data.pipeline import Batch, check_identity, rows_per_host
+from attnzoo.experiments.data.pipeline import Batch, CountedBatches, rows_per_host
 
 NO_TARGET = -100  # label of positions that nothing is asked at, as in the published code
 
@@ -72,7 +71,7 @@ class ExampleSet:
     return "\n".join(lines)
 
 
-class ExampleBatches:
+class ExampleBatches(CountedBatches):
   """Endless iterator of training batches, with the interface of `pipeline.TrainBatches`.
 
   No batch mixes blocks; the last one of a block is filled up with rows of weight 0. Every epoch
@@ -92,16 +91,12 @@ class ExampleBatches:
       (block, start) for block in blocks for start in range(0, len(block), config.batch_size)
     ]
     self._seed = config.seed if config.mqar_order == "mixed" else None
-    self._identity = dict(
+    super().__init__(
       corpus=examples.fingerprint,
       batch_size=config.batch_size,
       seed=config.seed,
       order=config.mqar_order,
     )
-    self.position = 0  # global batches handed out so far
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
 
   def __next__(self) -> Batch:
     epoch, number = divmod(self.position, len(self._order))
@@ -116,29 +111,10 @@ class ExampleBatches:
     return len(self._order)
 
   @property
-  def epoch(self) -> float:
-    return self.position / self.steps_per_epoch
-
-  @property
   def tokens_per_step(self) -> float:
     """Positions of a batch over all hosts, on average."""
     lengths = [block.length for block, _ in self._order]
     return self._batch_size * sum(lengths) / len(lengths)
-
-  def get_state(self) -> bytes:
-    """The position and what it counts, as JSON."""
-    return json.dumps(dict(position=self.position, **self._identity)).encode()
-
-  def set_state(self, state: bytes) -> None:
-    """Continues after the batch that was handed out last when the state was taken.
-
-    Raises:
-      DataError: the state belongs to other data, or to batches of another size or order.
-    """
-    self.position = check_identity(state, self._identity)
-
-  def close(self) -> None:
-    """There is nothing to end."""
 
 
 class ExampleEvaluation:

@@ -33,6 +33,40 @@ from attnzoo.experiments.data.errors import refuse
 Batch = dict[str, np.ndarray]
 
 
+class CountedBatches:
+  """Endless batches whose number is all that there is to remember; `steps_per_epoch` is theirs."""
+
+  def __init__(self, **identity: Any):
+    self._identity = identity
+    self.position = 0  # global batches handed out so far
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  @property
+  def steps_per_epoch(self) -> float:
+    raise NotImplementedError
+
+  @property
+  def epoch(self) -> float:
+    return self.position / self.steps_per_epoch
+
+  def get_state(self) -> bytes:
+    """The position and what it counts, as JSON."""
+    return json.dumps(dict(position=self.position, **self._identity)).encode()
+
+  def set_state(self, state: bytes) -> None:
+    """Continues after the batch that was handed out last when the state was taken.
+
+    Raises:
+      DataError: the state belongs to other data, or to batches of another size or order.
+    """
+    self.position = check_identity(state, self._identity)
+
+  def close(self) -> None:
+    """There is nothing to end."""
+
+
 class ShuffledRows:
   """Endless iterator of training batches with a position that can be saved and restored.
 

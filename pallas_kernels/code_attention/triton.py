@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch, target_gpu
+from ..triton_call import Gpu, Launch, block_of, target_gpu, too_old
 
 NAME = "code_attention"
 KERNELS = f"{__package__}.triton_kernels"
 GRADIENT_KERNELS = f"{__package__}.triton_gradient_kernels"
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_DIM = 256  # the gradients of 64 keys and values fill the registers
-MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
 SMALL_MEMORY = 128 << 10  # bytes; GPUs where a program may use less get smaller tiles
 JOINED_ROWS = 16  # labels of a program that joins splits
 
@@ -67,15 +66,7 @@ def fits(query: Any, key: Any, value: Any) -> str | None:
   for name, array in (("key", key), ("value", value)):
     if array.shape[2] > MAX_DIM:
       return f"{name} must have at most {MAX_DIM} channels; got {array.shape[2]}"
-  capability = target_gpu(NAME).compute_capability
-  if capability < MIN_CAPABILITY:
-    return f"the compute capability must be at least {MIN_CAPABILITY / 10}; got {capability / 10}"
-  return None
-
-
-def block_of(dim: int) -> int:
-  """Power of two that covers `dim`; matrix products need 16."""
-  return max(16, 1 << (dim - 1).bit_length())
+  return too_old(target_gpu(NAME))
 
 
 def tiles_of(problem: Problem, gpu: Gpu) -> tuple[Tile, Tile, Tile, Tile]:

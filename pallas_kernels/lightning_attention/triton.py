@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch
+from ..triton_call import Gpu, Launch, block_of
 
 KERNELS = f"{__package__}.triton_kernels"
 MAX_DIM = 512
@@ -101,11 +101,6 @@ def _tile(dim: int, float32: bool, gpu: Gpu) -> Tile:
   if dim <= 128:
     return _MAIN
   return Tile(64, 8, 2) if dim <= 256 else Tile(32, 8, 1)
-
-
-def block_of(dim: int) -> int:
-  """Power of two that covers `dim`; matrix products need 16."""
-  return max(16, 1 << (dim - 1).bit_length())
 
 
 def forward_launches(problem: Problem, config: Config) -> tuple[Launch, ...]:

@@ -14,12 +14,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch, target_gpu
+from ..triton_call import Gpu, Launch, block_of, target_gpu, too_old
 
 KERNELS = f"{__package__}.triton_kernels"
 GRADIENT_KERNELS = f"{__package__}.triton_gradient_kernels"
 MAX_DIM = 256  # two gradients of 16 slots fill the registers
-MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
 MAX_SPLITS = 8
 
 
@@ -88,12 +87,7 @@ def takes(function: str, dim: int) -> bool:
 
 
 def fits(dim: int, gpu: Gpu) -> bool:
-  return dim <= MAX_DIM and gpu.compute_capability >= MIN_CAPABILITY
-
-
-def block_of(dim: int, least: int = 16) -> int:
-  """Power of two that covers `dim`; matrix products need 16."""
-  return max(least, 1 << (dim - 1).bit_length())
+  return dim <= MAX_DIM and not too_old(gpu)
 
 
 def choose_config(problem: Problem, gpu: Gpu) -> Config:

@@ -15,18 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..rotary import rotary_tables, rotate
 from ..segments import zero_padding
-from ..triton_call import run_launches, target_gpu
+from ..triton_call import run_launches, target_gpu, too_old
 from . import layout
 from .state import RatState, state_of_chunks
 from .triton import (
   MAX_DIM,
-  MIN_CAPABILITY,
   Problem,
   attend_gradient_launches,
   attend_launch,
   backward_launches,
   choose_config,
-  fits,
   forward_launches,
 )
 from .xla import rat_attention_xla
@@ -124,11 +122,8 @@ def _refuse(value):
       f'{dim} (use "xla")'
     )
   gpu = target_gpu(NAME)
-  if not fits(dim, gpu):
-    raise NotImplementedError(
-      f"{NAME}: the compute capability must be at least {MIN_CAPABILITY / 10} for the Triton "
-      f'kernels; got {gpu.compute_capability / 10} (use "xla")'
-    )
+  if reason := too_old(gpu):
+    raise NotImplementedError(f'{NAME}: {reason} (use "xla")')
 
 
 def with_state(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch, target_gpu
+from ..triton_call import Gpu, Launch, block_of, target_gpu, too_old
 from .attend import Extras
 from .options import Routing
 from .state import Tokens
@@ -26,7 +26,6 @@ MAX_DIM = 129  # published; gradients of keys and values fill the registers
 MAX_EXACT_RELATIVE_DIM = 64  # products of three parts beside tiles of tables: more are all spills
 MAX_LENGTH = 16384  # a program has the scores of a whole row in its registers
 MAX_ROWS = 65535  # of a grid's second axis
-MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -94,21 +93,13 @@ def fits(query: Any, tokens: Tokens, scores: Any, options: Routing, extras: Extr
     return f"query must have at most {MAX_LENGTH} tokens per row; got {query.shape[1]}"
   if query.shape[0] * query.shape[2] > MAX_ROWS:
     return f"query must have at most {MAX_ROWS} heads in all rows; got {query.shape}"
-  capability = target_gpu(NAME).compute_capability
-  if capability < MIN_CAPABILITY:
-    return f"the compute capability must be at least {MIN_CAPABILITY / 10}; got {capability / 10}"
-  return None
-
-
-def power_of_two(size: int, least: int = 16) -> int:
-  """Power of two that covers `size`; matrix products need 16."""
-  return max(least, 1 << (size - 1).bit_length())
+  return too_old(target_gpu(NAME))
 
 
 def parts_of(dim: int) -> tuple[int, bool]:
   """(columns of the main part, whether one more comes last): 128 and True for 129."""
-  last = dim - 1 >= 16 and power_of_two(dim - 1) == dim - 1
-  return (dim - 1 if last else power_of_two(dim)), last
+  last = dim - 1 >= 16 and block_of(dim - 1) == dim - 1
+  return (dim - 1 if last else block_of(dim)), last
 
 
 def padded(dim: int) -> int:
@@ -143,7 +134,7 @@ def choose_config(problem: Problem, gpu: Gpu) -> Config:
 def members_launch(problem: Problem, keys: bool = False) -> Launch:
   """Adds members and slot_of from scores; `keys`: key_members and key_slot_of from key_scores."""
   size = problem
-  block = power_of_two(size.length, 32)
+  block = block_of(size.length, 32)
   shape = (size.batch, size.heads, size.clusters)
   before = "key_" if keys else ""
   outputs = {
@@ -176,8 +167,8 @@ def combine_launch(
     D=dim,
     WIDTH=padded(dim),
     ROWS=rows,
-    C_BLOCK=power_of_two(size.clusters, 1),
-    D_BLOCK=power_of_two(dim),
+    C_BLOCK=block_of(size.clusters, 1),
+    D_BLOCK=block_of(dim),
     EPSILON=float(size.options.combine_eps),
     MEAN=mean,
   )

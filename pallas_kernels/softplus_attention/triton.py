@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch, target_gpu
+from ..triton_call import Gpu, Launch, block_of, target_gpu, too_old
 from .variants import Variant
 
 KERNELS = f"{__package__}.triton_kernels"
 GRADIENT_KERNELS = f"{__package__}.triton_gradient_kernels"
 MAX_DIM = 128  # two gradients of 64 keys and two tiles of pairs fill the registers
-MIN_CAPABILITY = 80  # older ones have less than half of the shared memory, and no bfloat16
 MAX_WHOLE = 1000  # larger powers are exp2(p log2 t) like those that are not whole
 # Degree of the logarithm's polynomial (without a power, with one), its error well below a rounding
 # of the weights: a power of 15 enlarges it, and the mean that is taken off even more.
@@ -82,15 +81,7 @@ def fits(function: str, query: Any, value: Any, variant: Variant) -> str | None:
   """`refusal`, or what is wrong with the GPU that is compiled for."""
   if reason := refusal(query, value, variant):
     return reason
-  capability = target_gpu(function).compute_capability
-  if capability < MIN_CAPABILITY:
-    return f"the compute capability must be at least {MIN_CAPABILITY / 10}; got {capability / 10}"
-  return None
-
-
-def block_of(dim: int) -> int:
-  """Power of two that covers `dim`; matrix products need 16."""
-  return max(16, 1 << (dim - 1).bit_length())
+  return too_old(target_gpu(function))
 
 
 def choose_config(problem: Problem, gpu: Gpu) -> Config:

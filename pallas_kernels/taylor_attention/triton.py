@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ..triton_call import Gpu, Launch, target_gpu
+from ..triton_call import Gpu, Launch, block_of, target_gpu
 from .features import feature_count
 
 KERNELS = f"{__package__}.triton_kernels"
@@ -109,11 +109,6 @@ def block_rows(key_dim: int) -> tuple[int, int, int]:
   rows = max(16, 1 << (count // 2).bit_length() - 1)
   start = max(1 + key_dim, count - 2 * rows)
   return start, rows, block_of(start)
-
-
-def block_of(dim: int) -> int:
-  """Power of two that covers `dim`; matrix products need 16."""
-  return max(16, 1 << (dim - 1).bit_length())
 
 
 def tiles_of(problem: Problem, tile: Tile) -> int:

@@ -121,3 +121,14 @@ def assert_imports_no_triton(module: str) -> None:
   environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
   child = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
   assert child.returncode == 0
+
+
+def check_other_machines_refused(monkeypatch, refused, triton) -> None:
+  """`refused(message)` calls the operator; without a GPU, and for one that is too old.
+
+  `triton`: the operator's module that asks which GPU is compiled for.
+  """
+  refused("compiles only for an NVIDIA GPU|needs the packages")
+  monkeypatch.setattr(compat, "require_triton", lambda _: None)
+  monkeypatch.setattr(triton, "target_gpu", lambda _: Gpu(75, 40, 65536))
+  refused("must be at least 8.0; got 7.5")

@@ -15,7 +15,6 @@ import pytest
 
 from attnzoo.pallas_kernels import code_attention, compat
 from attnzoo.pallas_kernels.code_attention import cases, triton, triton_vjp
-from attnzoo.pallas_kernels.triton_call import Gpu
 from attnzoo_testing.cuda_aot import A100, H100, abstract_gpu
 from attnzoo_testing.gradients import cotangents, results_and_gradients
 from attnzoo_testing.numerics import assert_as_exact
@@ -24,6 +23,7 @@ from attnzoo_testing.triton_interpreter import interpret
 from attnzoo_testing.triton_launches import (
   assert_imports_no_triton,
   changed,
+  check_other_machines_refused,
   compare_on_gpu,
   interpret_operator,
   needs_gpu,
@@ -284,10 +284,7 @@ def test_refuses():
 
 
 def test_refuses_other_machines(monkeypatch):
-  refused("compiles only for an NVIDIA GPU|needs the packages")
-  monkeypatch.setattr(compat, "require_triton", lambda _: None)
-  monkeypatch.setattr(triton, "target_gpu", lambda _: Gpu(75, 40, 65536))
-  refused("must be at least 8.0; got 7.5")
+  check_other_machines_refused(monkeypatch, refused, triton)
 
 
 def test_triton_is_imported_only_to_launch():

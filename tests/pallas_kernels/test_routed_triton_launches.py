@@ -10,9 +10,13 @@ import pytest
 from attnzoo.pallas_kernels import Routing, compat, routed_attention
 from attnzoo.pallas_kernels.cases import Case
 from attnzoo.pallas_kernels.routed_attention import cases, triton
-from attnzoo.pallas_kernels.triton_call import Gpu
 from attnzoo_testing.cuda_aot import A100, H100, abstract_gpu
-from attnzoo_testing.triton_launches import assert_imports_no_triton, compare_on_gpu, needs_gpu
+from attnzoo_testing.triton_launches import (
+  assert_imports_no_triton,
+  check_other_machines_refused,
+  compare_on_gpu,
+  needs_gpu,
+)
 
 LAYERS = [case for case in cases.CASES if "aot" in case.tags]
 
@@ -120,10 +124,7 @@ def test_refuses():
 
 
 def test_refuses_other_machines(monkeypatch):
-  refused("compiles only for an NVIDIA GPU|needs the packages")
-  monkeypatch.setattr(compat, "require_triton", lambda _: None)
-  monkeypatch.setattr(triton, "target_gpu", lambda _: Gpu(75, 40, 65536))
-  refused("must be at least 8.0; got 7.5")
+  check_other_machines_refused(monkeypatch, refused, triton)
 
 
 def test_triton_is_imported_only_to_launch():

@@ -28,11 +28,15 @@ from attnzoo.pallas_kernels.softplus_attention import (
 from attnzoo.pallas_kernels.softplus_attention.api import unit
 from attnzoo.pallas_kernels.softplus_attention.reference import attend_reference
 from attnzoo.pallas_kernels.softplus_attention.xla import softplus_attention_xla
-from attnzoo.pallas_kernels.triton_call import Gpu
 from attnzoo_testing.cuda_aot import A100, H100, abstract_gpu
 from attnzoo_testing.numerics import assert_as_exact, relative_error
 from attnzoo_testing.triton_interpreter import interpret
-from attnzoo_testing.triton_launches import assert_imports_no_triton, changed, interpret_operator
+from attnzoo_testing.triton_launches import (
+  assert_imports_no_triton,
+  changed,
+  check_other_machines_refused,
+  interpret_operator,
+)
 
 RESULTS = ("output", "d_query", "d_key", "d_value")
 
@@ -320,10 +324,7 @@ def test_refuses():
 
 
 def test_refuses_other_machines(monkeypatch):
-  refused("compiles only for an NVIDIA GPU|needs the packages")
-  monkeypatch.setattr(compat, "require_triton", lambda _: None)
-  monkeypatch.setattr(triton, "target_gpu", lambda _: Gpu(75, 40, 65536))
-  refused("must be at least 8.0; got 7.5")
+  check_other_machines_refused(monkeypatch, refused, triton)
 
 
 def test_triton_is_imported_only_to_launch():

@@ -9,7 +9,6 @@ on the longest note of the set, so that programs are compiled four times at most
 """
 
 import functools
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,14 +17,14 @@ from jaxtyping import Int
 from attnzoo.experiments.data.config import DataConfig
 from attnzoo.experiments.data.errors import refuse
 from attnzoo.experiments.data.notes.sets import NoteSet, NoteSplit
-from attnzoo.experiments.data.pipeline import Batch, check_choice, check_identity, rows_per_host
+from attnzoo.experiments.data.pipeline import Batch, CountedBatches, check_choice, rows_per_host
 
 _BUCKETS = 4
 _MULTIPLE = 16  # of the lengths but the limit: what kernels' tiles divide
 _POOL = 32  # batches whose notes are sorted by length
 
 
-class NoteBatches:
+class NoteBatches(CountedBatches):
   """Endless iterator of training batches, with the interface of `pipeline.TrainBatches`.
 
   An epoch shuffles all notes, cuts them into pools of 32 batches, sorts each pool by length and
@@ -43,17 +42,13 @@ class NoteBatches:
     self._numbers = kept_notes(self._split, config)
     self._lengths = bucket_lengths(notes, config)
     self._epoch_order = functools.lru_cache(2)(self._order)
-    self._identity = dict(
+    super().__init__(
       corpus=notes.fingerprint,
       sequence_length=config.sequence_length,
       batch_size=config.batch_size,
       seed=config.seed,
       drop_remainder=config.drop_remainder,
     )
-    self.position = 0  # global batches handed out so far
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
 
   def __next__(self) -> Batch:
     epoch, number = divmod(self.position, self.steps_per_epoch)
@@ -64,10 +59,6 @@ class NoteBatches:
   @property
   def steps_per_epoch(self) -> int:
     return -(-len(self._numbers) // self._config.batch_size)
-
-  @property
-  def epoch(self) -> float:
-    return self.position / self.steps_per_epoch
 
   @functools.cached_property
   def tokens_per_step(self) -> float:
@@ -87,21 +78,6 @@ class NoteBatches:
       cut = [pool[i : i + size] for i in range(0, len(pool), size)]
       batches += [cut[i] for i in draw.permutation(len(cut))]
     return batches
-
-  def get_state(self) -> bytes:
-    """The position and what it counts, as JSON."""
-    return json.dumps(dict(position=self.position, **self._identity)).encode()
-
-  def set_state(self, state: bytes) -> None:
-    """Continues after the batch that was handed out last when the state was taken.
-
-    Raises:
-      DataError: the state belongs to other data, or to batches of another size or order.
-    """
-    self.position = check_identity(state, self._identity)
-
-  def close(self) -> None:
-    """There is nothing to end."""
 
 
 class NoteEvaluation:
