@@ -137,10 +137,11 @@ def _draw_codes(path: pathlib.Path, figures: CodingMetrics) -> pathlib.Path:
   axes.bar(places - 0.2, [c.auc or 0 for c in codes], 0.4, label="AUC")
   axes.bar(places + 0.2, [c.f1 for c in codes], 0.4, label="F1")
   axes.set_xticks(places, [c.label for c in codes], rotation=90, fontsize=8)
-  axes.set(ylim=(0, 1), title=f"threshold {figures.threshold:.2f}")
+  axes.set(ylim=(0, 1))
+  axes.set_title(f"figures of each code, F1 at {figures.threshold:.2f}", loc="left")
   axes.margins(x=0.01)
   axes.grid(axis="y", alpha=0.3)
-  axes.legend(loc="lower right")
+  axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
   figure.savefig(path, dpi=130)
   pyplot.close(figure)
   return path

@@ -178,7 +178,13 @@ def draw_curves(
     axes.axhline(value, linestyle="--", linewidth=1, color=f"C{number + 2}", label=name)
   axes.set(xlabel="step", ylabel="bits per target", title=pathlib.Path(workdir).name)
   axes.grid(alpha=0.3)
-  axes.legend()
+  found = [(m["step"], m["validation_micro_f1"]) for m in metrics if "validation_micro_f1" in m]
+  if found:  # of notes
+    axes.plot([], [], color="C3", linestyle=":", marker="o", markersize=3, label="micro F1, right")
+    right = axes.twinx()
+    right.plot(*zip(*found, strict=True), color="C3", linestyle=":", marker="o", markersize=3)
+    right.set(ylabel="micro F1 on validation, threshold 0.5", ylim=(0, 1))
+  axes.legend(loc="center right" if found else "best")
   path = pathlib.Path(workdir) / CURVES_FILE
   figure.savefig(path, dpi=130)
   pyplot.close(figure)
