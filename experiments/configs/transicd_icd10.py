@@ -5,7 +5,7 @@ Command   python -m attnzoo.experiments.train --config=transicd_icd10
 Paper     TransICD (2021), at small size; the task is this project's own (data/notes/assertions.py):
           a code counts where a note affirms it, not where it is denied or a relative's
 Expected  test split, threshold 0.5, three seeds: micro F1 0.92 to 0.93, macro F1 0.90 to 0.92,
-          micro AUC 0.995, P@5 0.56; logistic regression of 1-3-grams 0.70 (0.74 with its threshold tuned)
+          micro AUC 0.995, P@5 0.56; logistic regression of 1-3-grams 0.70 (0.74 when tuned)
 Hardware  2 CPU cores, five minutes
 """
 
