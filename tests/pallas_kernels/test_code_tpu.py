@@ -81,7 +81,8 @@ def test_tpu_memory_model(monkeypatch):
   As on a chip with two cores, each with a share of d_query.
   """
   monkeypatch.setattr(tpu_tuning, "_cores", lambda batch: 2)
-  ORACLE.compare("scattered", implementation="tpu", interpret=pltpu.InterpretParams())
+  options = pltpu.InterpretParams(detect_races=True)  # raises where it finds one
+  ORACLE.compare("scattered", implementation="tpu", interpret=options)
 
 
 def test_what_is_not_real_is_not_read():
