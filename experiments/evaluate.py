@@ -53,9 +53,9 @@ def main(_) -> None:
   loop.check_vocabulary(run.experiment, corpus)
   mesh = state.make_mesh(config.MeshConfig(), jax.devices()[:1])
 
-  def measure(parts):
+  def measure(step):
     return evaluate(
-      make_step(parts, corpus),
+      step,
       run.params,
       corpus,
       data,
@@ -65,18 +65,18 @@ def main(_) -> None:
       overlap=_OVERLAP.value,
     )
 
-  result = measure(run.parts)
+  step = make_step(run.parts, corpus)
+  result = measure(step)
   record = dict(step=run.step, split=_SPLIT.value, **result.to_json())
   what = f"step {run.step}, {_SPLIT.value} of {corpus.name}"
   if honesty.leaks(run.experiment.model):
-    found = measure(honesty.honest_parts(run.experiment))
+    found = measure(make_step(honesty.honest_parts(run.experiment), corpus))
     print(f"{what}, {honesty.HONEST}: {found.describe()}")
     print(f"{what}, {honesty.LEAKY}: {result.describe()} (no likelihood: sees later tokens)")
     record |= {honesty.HONEST: found.to_json(), honesty.LEAKY: result.to_json()}
   else:
     print(f"{what}: {result.describe()}")
   if isinstance(corpus, NoteSet):
-    step = make_step(run.parts, corpus)
     tried = report.try_model("this model", step, run.params, corpus, data, mesh, split=_SPLIT.value)
     print(report.table([tried.system], _SPLIT.value))
     for name, value in tried.recall.items():
