@@ -135,7 +135,8 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
 def build(config: RoutingPortConfig, rngs: nnx.Rngs) -> DecoderLM:
   """The model with freshly drawn weights: `fan_in_uniform`, embedding and head N(0, 0.02^2).
 
-  Biases are 0, where the port draws them, too; centroids are noise until `start_centroids`.
+  Biases are 0, where the port draws them, too; centroids are noise until `start_centroids`, with
+  which training starts.
   """
   c, dtypes = config, dtypes_of(config)
   blocks = [_block(c, layer, dtypes, rngs) for layer in range(c.num_layers)]

@@ -133,6 +133,9 @@ class Experiment:
       rule = "be one of notes" if hasattr(self.model, "labels") else "be of text or pictures"
       _fail("Experiment", "data.source", f"{rule} for {type(self.model).__name__}",
             self.data.source, f"notes: {NOTE_SOURCES}")  # fmt: skip
+    if not notes and self.train.best_by not in ("", "loss"):
+      _fail("Experiment", "train.best_by", "be 'loss' or empty for text and pictures",
+            self.train.best_by, "the others are figures of notes")  # fmt: skip
     if notes and self.mesh.seq > 1:
       _fail("Experiment", "mesh.seq", "be 1 for notes", self.mesh.seq, "use mesh.data and model")
     if self.data.batch_size % self.train.grad_accumulation:

@@ -108,6 +108,8 @@ def train(
       current = current._replace(params=runs.starting_weights(source, like.params))
     elif isinstance(corpus, NoteSet):
       current = current._replace(params=from_the_data(current.params, corpus))
+    else:
+      current = _after_a_look(experiment, parts, current, batches, mesh)
     if hosts.is_first():
       checkpoints.write_config(workdir, run_record(experiment, corpus))
     first_step, last_step = int(current.step), experiment.train.steps
@@ -117,6 +119,27 @@ def train(
     run = Run(experiment, workdir, corpus, mesh, parts, eval_step, batches, saved,
               first_step, last_step)  # fmt: skip
     return _run(run, current)
+
+
+def _after_a_look(
+  experiment: config.Experiment,
+  parts: state.Parts,
+  fresh: state.TrainState,
+  batches: TrainBatches,
+  mesh: Mesh,
+) -> state.TrainState:
+  """The fresh state with centroids from the first batch, where models of its family start so."""
+  start = getattr(models.module_of(models.family_of(experiment.model)), "start_centroids", None)
+  if start is None:
+    return fresh
+  position = batches.get_state()
+  tokens = place_batch(next(batches), mesh)["tokens"]
+  batches.set_state(position)  # the first step has this batch
+  model = state.merge(parts, fresh.params)
+  start(model, tokens, jax.random.key(experiment.train.seed))
+  _, params = state.take_apart(model)
+  places = jax.tree.map(lambda value: value.sharding, fresh.params)
+  return fresh._replace(params=jax.device_put(params, places))
 
 
 def _with_steps(experiment: config.Experiment, batches: TrainBatches) -> config.Experiment:

@@ -12,6 +12,7 @@ from attnzoo.experiments import clusters_page
 from attnzoo.experiments.configs import routing_digits, routing_published, routing_small
 from attnzoo.experiments.data import DataConfig
 from attnzoo.experiments.training import config, honesty, loop, runs, state, summary
+from attnzoo.zoo import get_config
 from attnzoo.zoo.routing import PRESETS, RoutingConfig
 from attnzoo_testing.mixers import close, mesh_of
 
@@ -89,6 +90,31 @@ def test_a_run_on_pictures_has_both_figures_and_samples(tmp_path, capsys):
     np.testing.assert_array_equal(loaded.params[name], value)
   honest = runs.load(tmp_path, model_fields=dict(membership="topk_prefix"))
   assert not honesty.leaks(honest.experiment.model)
+
+
+@pytest.mark.slow
+def test_the_port_starts_from_the_centroids_of_its_first_batch(tmp_path):
+  """Not from noise; the first step still has that batch."""
+  port = get_config(
+    "routing-port-tiny", features=16, num_layers=1, heads=2, local_heads=(1,), head_dim=8,
+    window_size=16, max_length=64, block_size=8,
+  )  # fmt: skip
+  text = tmp_path / "text.txt"
+  text.write_text("".join(f"{number} times {number} is {number**2}. " for number in range(999)))
+  data = DataConfig(path=str(text), sequence_length=64, batch_size=8)
+  setup = dataclasses.replace(experiment(port, steps=1), data=data)
+  outcome = loop.train(setup, tmp_path / "run")
+  assert json.loads(outcome.run.batches.get_state())["position"] == 1
+  _, noise, _ = state.initial_state(setup, mesh_of(1, 1, 1))
+  means = [name for name in noise.params if name.endswith("centroids.means")]
+  assert means
+
+  def of_length_one(params, name):
+    return np.mean(np.abs(np.linalg.norm(params[name], axis=-1) - 1) < 1e-2)
+
+  for name in means:
+    assert of_length_one(noise.params, name) < 0.2
+    assert of_length_one(outcome.state.params, name) > 0.8
 
 
 @pytest.mark.slow
