@@ -54,6 +54,7 @@ class RoutedMixerConfig:
   routing: Routing  # its membership and how many members a cluster has
   block_size: int  # of local heads
   look_back: int | None = None  # tokens before the own block that local heads see; None: one block
+  shared: bool = True  # routed queries are the keys, too; False: keys have the other projection
   positions: str = "shaw"  # learned tables by distance; or "rotary", "none"
   max_distance: int = 513  # of the tables of "shaw"
   rotary_base: float = 10000.0
@@ -73,6 +74,8 @@ class RoutedMixerConfig:
       self._refuse("positions", f"be one of {POSITIONS}", "'shaw' as in the released text models")
     if self.positions == "shaw" and self.max_distance < 1:
       self._refuse("max_distance", "be at least 1", "rows of the tables: 2 max_distance + 1")
+    if not self.shared and self.routing.membership != "causal_recent":
+      self._refuse("shared", "be True unless membership is 'causal_recent'", "as published")
     if self.positions == "rotary":
       rotary_pairs(self.head_dim, 1.0)  # raises for an odd head_dim
     if self.block_size < 1:
@@ -181,8 +184,10 @@ class RoutedMixer(nnx.Module):
     y, state, routed = self._mix(x, *map(options.get, names))
     if self.centroids is None or routed is None:
       return y, state, None
-    distance, sums = self.centroids.spread(*routed)
-    return y, state, Note(2 * self.config.commitment * distance, sums)
+    found = [self.centroids.spread(*one) for one in routed]
+    distance = sum(distance for distance, _ in found) * (2 / len(found))  # queries' and keys'
+    sums = jax.tree.map(lambda *parts: sum(parts), *(sums for _, sums in found))
+    return y, state, Note(self.config.commitment * distance, sums)
 
   def clusters_of(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T H C"]:
     """Which clusters of its routed heads each token belongs to, in a pass over the whole row."""
@@ -212,11 +217,16 @@ class RoutedMixer(nnx.Module):
     turn = state.position[:, None]
     if self.centroids is not None and routed is not None:
       q = self._standardised(query[:, :split])
+      k = q if c.shared else self._standardised(key[:, :split])
       near = self.centroids.scores(q)
-      q = self._turn(q.astype(self.dtype)[:, None], turn)[:, 0]
+      key_near = None if c.shared else self.centroids.scores(k)
+      q, k = (self._turn(x.astype(self.dtype)[:, None], turn)[:, 0] for x in (q, k))
       output, routed = routed_attention_step(
-        q, q, value[:, :split], near, routed, options=self._routing(True), **self._tables("routed")
-      )
+        q, k, value[:, :split], near, routed,
+        options=self._routing(True),
+        key_scores=key_near,
+        **self._tables("routed"),
+      )  # fmt: skip
       parts.append(output)
     if local is not None:
       q, k = (self._turn(y[:, None, split:], turn)[:, 0] for y in (query, key))
@@ -228,7 +238,7 @@ class RoutedMixer(nnx.Module):
     return self._out(jnp.concatenate(parts, axis=-2)), state
 
   def _mix(self, x, segment_ids, positions, lengths, state, dropout_key):
-    """(output, state, (standardised queries, their scores))."""
+    """(output, state, (vectors, their scores) of queries, and of keys if they are others)."""
     c = self.config
     batch, length, _ = x.shape
     query, key, value = self._project(x)
@@ -241,12 +251,18 @@ class RoutedMixer(nnx.Module):
     if self.centroids is not None:
       q = self._standardised(query[:, :, :split])
       near = self.centroids.scores(q)
-      note = q, near
-      q = self._turn(q.astype(self.dtype), positions)
+      note, key_near = [(q, near)], None
+      q = k = self._turn(q.astype(self.dtype), positions)
+      if not c.shared:
+        k = self._standardised(key[:, :, :split])
+        key_near = self.centroids.scores(k)
+        note.append((k, key_near))
+        k = self._turn(k.astype(self.dtype), positions)
       axes = None if routed_drop else operator_axes()  # with dropout the compiler splits it
       function = routed_attention if axes is None else sharded_routed_attention
       output, routed = function(
-        q, q, value[:, :, :split], near,
+        q, k, value[:, :, :split], near,
+        key_scores=key_near,
         options=self._routing(state is not None),
         initial_state=None if state is None else state.routed,
         implementation=c.implementation,

@@ -28,7 +28,7 @@ def run(*command, **options) -> str:
 def shipped() -> set[str]:
   """What the tree says the wheel has to hold."""
   paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
-  data = ("py.typed", "icd10_phrases.json.gz")
+  data = ("py.typed", "icd10_phrases.json.gz", "stdlib_bpe.json")
   kept = (path for path in paths if path.suffix == ".py" or path.name in data)
   return {f"attnzoo/{path.relative_to(ROOT).as_posix()}" for path in kept}
 

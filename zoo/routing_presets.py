@@ -100,7 +100,9 @@ SIZES: dict[str, dict[str, Any]] = {
   "routing-imagenet64-full": _full(_IMAGENET, 12288),
   "routing-cifar10-full": _full(_CIFAR, 3072),
   # Laptop size; these do not leak.
-  "routing-tiny": dict(_BYTES, routed_heads=2, clusters=8, window_size=64),
+  "routing-tiny": dict(
+    _BYTES, routed_heads=1, skip_first=1, clusters=4, window_size=64, shared=False
+  ),
   "routing-tiny-local": dict(_BYTES, **_LOCAL),
   "routing-digits": dict(_DIGITS, routed_heads=2, clusters=4, window_size=16),
   "routing-digits-local": dict(_DIGITS, **_LOCAL),

@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from .. import checks, compat
 from ..segments import run_index, zero_padding
-from ..sliding_window_attention import sliding_window_attention
 from .attend import Drop, Extras
 from .members import only
 from .options import Routing
+from .recent import attend_recent
 from .reference import routed_reference
 from .state import RoutedState, extend, state_after
-from .xla import attend_clusters, attend_prefix, reorder, sorted_by_centroid
+from .xla import attend_clusters, attend_prefix
 
 NAME = "routed_attention"
 
@@ -59,7 +59,9 @@ def routed_attention(
     scores: [B, T, H, C], how near each token is to each centroid; float32 at least, or rounding
       changes the members. No gradient passes through them.
     options: see `Routing`.
-    key_scores: of the keys, where queries and keys have members of their own ("official" only).
+    key_scores: of the keys, where queries and keys have members of their own; not with
+      "topk_prefix". With "causal_recent" a query then sees the w latest keys up to its own that are
+      nearest to its centroid, if there are any.
     relative_keys, relative_values: [2 R + 1, K] and [2 R + 1, V], or neither; not with
       "causal_recent".
     memory_key, memory_value: [H, C, M, ...], keys and values that every member of a cluster sees;
@@ -98,11 +100,11 @@ def routed_attention(
   real = None if lengths is None else jnp.arange(length) < lengths[:, None]
   scores = _ranking(scores, real)
   key_scores = None if key_scores is None else _ranking(key_scores, real)
-  tokens = extend(key, value, scores, segments, initial_state)
-  keys = tokens if key_scores is None else tokens._replace(scores=key_scores)
+  own = scores if key_scores is None else key_scores
+  tokens = extend(key, value, own, segments, initial_state)
   extras = Extras(relative, memory, _drop(dropout_rate, dropout_key, options, implementation))
   if implementation is None:
-    implementation = _choose(query, keys, scores, options, extras)
+    implementation = _choose(query, tokens, scores, options, extras)
   if implementation == "reference":
     if initial_state is not None or extras.drop is not None:
       raise NotImplementedError(
@@ -114,14 +116,15 @@ def routed_attention(
       q, k, v, scores, key_scores, options, relative, memory, real, segments
     ).astype(value.dtype)
   elif options.membership == "official":
-    output = _attend(implementation, interpret)(query, keys, scores, options, extras)
+    output = _attend(implementation, interpret)(query, tokens, scores, options, extras)
   elif implementation != "xla":
     raise NotImplementedError(
       f'{NAME}: implementation must be "xla" with membership="{options.membership}"; got'
       f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
     )
   elif options.membership == "causal_recent":
-    output = _recent(query, tokens, options)
+    other = None if key_scores is None else scores
+    output = attend_recent(query, tokens, other, options)
   else:
     output = attend_prefix(query, tokens, options, extras)
   return zero_padding(output, lengths), state_after(tokens, options, segments, lengths)
@@ -180,29 +183,6 @@ def _attend(implementation, interpret):
   return functools.partial(attend_clusters_tpu, interpret=interpret)
 
 
-def _recent(query, tokens, options):
-  """Sorted by centroid, the w latest tokens of the same one are a window."""
-  batch, length, heads, _ = query.shape
-  total = tokens.key.shape[1]
-  order = sorted_by_centroid(tokens)
-  query = jnp.pad(query, ((0, 0), (total - length, 0), (0, 0), (0, 0)))
-
-  def into(x):  # [B, S, H, K] -> [B H, S, 1, K]
-    x = reorder(x.swapaxes(1, 2), order.index, order.place)
-    return x.reshape(batch * heads, total, 1, -1)
-
-  output, _ = sliding_window_attention(
-    into(query),
-    into(tokens.key),
-    into(tokens.value),
-    left=options.window_size - 1,
-    segment_ids=order.label.reshape(batch * heads, total),
-    scale=options.scale,
-  )
-  output = reorder(output.reshape(batch, heads, total, -1), order.place, order.index)
-  return output[:, :, total - length :].swapaxes(1, 2)
-
-
 def _pair(name, one, other_name, other):
   if (one is None) != (other is None):
     checks.fail(NAME, other_name if other is None else name, "be given with the other", None,
@@ -254,7 +234,7 @@ def _check_membership(options, key_scores, relative, memory, segment_ids, state)
   for name, given, rule in (
     ("segment_ids", segment_ids is not None and official, "official"),
     ("initial_state", state is not None and official, "official"),
-    ("key_scores", key_scores is not None and not official, options.membership),
+    ("key_scores", key_scores is not None and not (official or recent), options.membership),
     ("relative_keys", relative is not None and recent, "causal_recent"),
     ("memory_key", memory is not None and recent, "causal_recent"),
   ):

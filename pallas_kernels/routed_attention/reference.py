@@ -35,7 +35,10 @@ def routed_reference(
   past = place <= place[:, None]
   if o.membership == "causal_recent":
     own = jnp.argmax(s, axis=2)[:, :, None]  # [B, H, 1, T]
-    pairs = (own[..., None] == own[..., None, :]) & past & same
+    of_key = own
+    if key_scores is not None:
+      of_key = jnp.argmax(key_scores.transpose(0, 2, 3, 1), axis=2)[:, :, None]
+    pairs = (own[..., None] == of_key[..., None, :]) & past & same
     pairs &= _after(pairs) < o.window_size
     queries, distance = jnp.broadcast_to(real[:, None, None], own.shape), None
   elif o.membership == "topk_prefix":

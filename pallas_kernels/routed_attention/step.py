@@ -17,29 +17,25 @@ def routed_attention_step(
   state: RoutedState,
   *,
   options: Routing,
+  key_scores: Float[Array, "B H C"] | None = None,
   relative_keys: Float[Array, "R K"] | None = None,
   relative_values: Float[Array, "R V"] | None = None,
 ) -> tuple[Float[Array, "B H V"], RoutedState]:
   """`routed_attention` for one more token of the state's document; (output, new state).
 
   With "topk_prefix" the token enters every list whose worst member it beats (an older one stays on
-  a tie), with "causal_recent" that of its nearest centroid, from which the oldest leaves. Where
-  "official" was trained, decoding is "topk_prefix": later tokens are not there yet.
+  a tie), with "causal_recent" that of its nearest centroid, from which the oldest leaves; with
+  `key_scores` it enters by these, and sees the list of its query's centroid. Where "official" was
+  trained, decoding is "topk_prefix": later tokens are not there yet.
   """
+  if options.membership == "causal_recent":
+    return _recent_step(query, key, value, scores, state, options, key_scores)
   window = state.score.shape[-1]
   scores = scores.astype(state.score.dtype)
-  every = state
-  own = nearest(scores)[..., None] if options.membership == "causal_recent" else None
-  if own is not None:  # one list per head is read and written
-    state = RoutedState(*(jnp.take_along_axis(x, _like(own, x), axis=2) for x in state))
-    scores = jnp.take_along_axis(scores, own, axis=2)
-    admitted = jnp.ones(scores.shape, bool)
-    leaves = jnp.zeros(scores.shape, jnp.int32)
-  else:
-    worst = jnp.min(state.score, axis=-1)
-    admitted = scores > worst
-    # The last of equals: lists are in the order of positions.
-    leaves = window - 1 - jnp.argmin(state.score[..., ::-1], axis=-1)
+  worst = jnp.min(state.score, axis=-1)
+  admitted = scores > worst
+  # The last of equals: lists are in the order of positions.
+  leaves = window - 1 - jnp.argmin(state.score[..., ::-1], axis=-1)
   slot = jnp.arange(window)
   moves = admitted[..., None] & (slot >= leaves[..., None])  # [B, H, C, W]
 
@@ -65,13 +61,27 @@ def routed_attention_step(
     q, state.key, state.value, seen, rank == 0, rank, options, relative, None
   )[..., 0, :]  # [B, H, C, V]
   output = jnp.sum(jnp.where(admitted[..., None], output, 0), axis=2)
-  if own is not None:
-    batch, heads = own.shape[:2]
-    where = (jnp.arange(batch)[:, None], jnp.arange(heads), own[..., 0])
-    put = lambda x, part: x.at[where].set(part[:, :, 0])  # noqa: E731
-    return output.astype(value.dtype), RoutedState(*map(put, every, state))
   output /= (jnp.sum(admitted, axis=2) + options.combine_eps)[..., None]
   return output.astype(value.dtype), state
+
+
+def _recent_step(query, key, value, scores, state, options, key_scores):
+  """One list per head is written, and one read."""
+  batch, heads, _ = query.shape
+  by = scores if key_scores is None else key_scores
+  rows = (jnp.arange(batch)[:, None], jnp.arange(heads))
+  entered = (*rows, nearest(by))
+
+  def enter(lists, new):  # [B, H, C, W, ...], [B, H, ...]
+    later = jnp.concatenate([lists[entered][:, :, 1:], new[:, :, None].astype(lists.dtype)], axis=2)
+    return lists.at[entered].set(later)
+
+  state = RoutedState(*map(enter, state, (jnp.max(by, axis=-1), key, value)))
+  score, keys, values = (lists[(*rows, nearest(scores))] for lists in state)
+  none = jnp.zeros((), bool)
+  seen = jnp.isfinite(score)[:, :, None]
+  output = attend_members(query[:, :, None], keys, values, seen, none, 0, options, None, None)
+  return output[:, :, 0].astype(value.dtype), state
 
 
 def _like(x, other):

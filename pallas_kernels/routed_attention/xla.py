@@ -1,14 +1,12 @@
 """Routed attention in plain XLA."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..segments import pad_length
 from .attend import Drop, Extras, attend_members
-from .members import gather, gather_own, memberships, nearest, top_members
+from .members import gather, gather_own, memberships, top_members
 from .options import Routing
 from .state import Tokens
 
@@ -150,40 +148,6 @@ def _losses_by_members(tokens, scores, count):
   rows = jnp.arange(count)
   beats = _beaten(scores, rows) & _same_document(tokens, rows)
   return jnp.sum(beats & jnp.isfinite(scores[..., :count, None]), axis=-2, dtype=jnp.int32)
-
-
-class Order(NamedTuple):
-  """Tokens by document, then by centroid, then by position."""
-
-  index: Int[Array, "B H S"]  # where the token of each place comes from
-  place: Int[Array, "B H S"]  # where each token went
-  label: Int[Array, "B H S"]  # by place; equal for tokens of one centroid and document
-
-
-def sorted_by_centroid(tokens: Tokens) -> Order:
-  """What turns "causal_recent" into attention over a sliding window."""
-  clusters = tokens.scores.shape[-1]
-  own = nearest(tokens.scores)
-  own = jnp.where(jnp.isfinite(jnp.max(tokens.scores, axis=-1)), own, clusters)
-  if tokens.documents is not None:
-    own += (clusters + 1) * tokens.documents[..., None]
-  own = own.swapaxes(1, 2)  # [B, H, S]
-  index = jnp.argsort(own, axis=-1, stable=True)
-  return Order(index, jnp.argsort(index, axis=-1), jnp.take_along_axis(own, index, axis=-1))
-
-
-@jax.custom_vjp
-def reorder(
-  x: Float[Array, "B H S K"], index: Int[Array, "B H S"], place: Int[Array, "B H S"]
-) -> Float[Array, "B H S K"]:
-  """Rows of x in the order `index`, whose inverse is `place`: the gradient is a gather, too."""
-  return jnp.take_along_axis(x, index[..., None], axis=2)
-
-
-reorder.defvjp(
-  lambda x, index, place: (reorder(x, index, place), (index, place)),
-  lambda order, dy: (reorder(dy, order[1], order[0]), None, None),
-)
 
 
 def _combine(outputs, members, real, length, options):

@@ -283,6 +283,7 @@ def test_config_round_trip_and_refusals(straight):
     (dict(model=dict(family="transnorm")), "did you mean 'transnormer'"),
     (dict(model=dict()), "model.family must name a family"),
     (dict(train=dict(grad_accumulation=3)), "multiple of train.grad_accumulation"),
+    (dict(train=dict(best_by="p_at_5")), "train.best_by must be 'loss' or empty.*got 'p_at_5'"),
     (dict(optimizer=dict(name="adam")), "must be one of.*got 'adam'"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -18,6 +18,7 @@ RECENT = RoutedMixerConfig(
   block_size=2, positions="rotary", init=nnx.initializers.normal(0.5),
 )  # fmt: skip
 SHAW = dict(positions="shaw", max_distance=2)
+UNSHARED = dataclasses.replace(RECENT, shared=False)
 PREFIX = dataclasses.replace(RECENT, routing=Routing(3, "topk_prefix"), **SHAW)
 OFFICIAL = dataclasses.replace(RECENT, routing=Routing(3, "official"), **SHAW)
 
@@ -30,7 +31,9 @@ def inputs(rows, length):
   return jax.random.normal(jax.random.key(1), (rows, length, 12))
 
 
-@pytest.mark.parametrize("config", [RECENT, PREFIX], ids=["causal_recent", "topk_prefix"])
+@pytest.mark.parametrize(
+  "config", [RECENT, UNSHARED, PREFIX], ids=["causal_recent", "unshared", "topk_prefix"]
+)
 def test_mixer_protocol(config):
   mixers.check_protocol(make(config), inputs(rows=3, length=7), [1, 3, 4])
 
@@ -45,8 +48,8 @@ def test_official_is_read_without_the_future_where_there_is_a_state():
 
 
 @pytest.mark.parametrize(
-  ("config", "leaks"), [(RECENT, False), (PREFIX, False), (OFFICIAL, True)],
-  ids=["causal_recent", "topk_prefix", "official"],
+  ("config", "leaks"), [(RECENT, False), (UNSHARED, False), (PREFIX, False), (OFFICIAL, True)],
+  ids=["causal_recent", "unshared", "topk_prefix", "official"],
 )  # fmt: skip
 def test_who_sees_the_future(config, leaks):
   """Other tokens from the 12th on: the outputs before are the same bits, but for "official"."""
@@ -87,6 +90,15 @@ def test_commitment_is_in_the_note_and_moves_the_queries():
   assert not np.any(d[1:])  # keys and values
 
 
+def test_keys_of_their_own_are_noted_too():
+  mixer = make(UNSHARED)
+  x = inputs(rows=2, length=8)
+  note = jax.jit(lambda x: mixer.with_note(x)[2])(x)
+  assert note.sums.count.sum() == 2 * 8 * 2 * 2  # queries and keys of two heads
+  shared = jax.jit(lambda x: make(RECENT).with_note(x)[2])(x)
+  assert shared.sums.count.sum() == 2 * 8 * 2
+
+
 def test_local_and_routed_heads_alone():
   x = inputs(rows=1, length=8)
   local, routed = (make(dataclasses.replace(OFFICIAL, routed_heads=n)) for n in (0, 4))
@@ -120,6 +132,10 @@ def test_bad_configurations_are_refused():
     (dict(routed_heads=5), "routed_heads must lie between 0 and heads .4.; got 5"),
     (dict(positions="learned"), "positions must be one of"),
     (dict(positions="shaw"), "positions must not be 'shaw' with membership 'causal_recent'"),
+    (
+      dict(shared=False, routing=Routing(3, "topk_prefix")),
+      "shared must be True unless membership is 'causal_recent'",
+    ),
     (dict(look_back=3), "look_back must be a multiple of block_size .2.; got 3"),
     (dict(block_size=0), "block_size must be at least 1; got 0"),
   ):

@@ -201,28 +201,69 @@ def test_xla_is_the_definition(name):
   ORACLE.compare(name, implementation="xla")
 
 
-@pytest.mark.parametrize("membership", ["topk_prefix", "causal_recent"])
-def test_steps_and_pieces_are_the_whole(membership):
+def with_key_scores(shared, scores):
+  """Keys have scores of their own: those of the queries, of other tokens."""
+  return {} if shared else dict(key_scores=scores[:, ::-1])
+
+
+@pytest.mark.parametrize("window", [4, 2, 40])
+def test_recent_keys_with_centroids_of_their_own(window):
+  """Output and gradients of packed, padded rows are those of the definition."""
+  q, k, v, s = tokens(np.random.default_rng(3), 37, clusters=5)
+  ids = np.repeat([0, 1, 0], [12, 9, 16])[None].repeat(2, 0)
+  fixed = dict(key_scores=s[:, ::-1], segment_ids=ids, lengths=np.array([37, 20]))
+  cotangent = np.random.default_rng(4).standard_normal(v.shape)
+
+  def loss(arrays, implementation):
+    output, _ = routed_attention(
+      *arrays, s, options=Routing(window), implementation=implementation, **fixed
+    )
+    return jnp.sum(output * cotangent), output
+
+  with jax.enable_x64(True):
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    results = [
+      jax.jit(jax.value_and_grad(lambda a, n=name: loss(a, n), has_aux=True))(arrays)
+      for name in ("xla", "reference")
+    ]
+    jax.tree.map(lambda a, b: close(a, b, 1e-12), *results)
+
+
+@pytest.mark.parametrize(
+  ("membership", "shared"),
+  [("topk_prefix", True), ("causal_recent", True), ("causal_recent", False)],
+)
+def test_steps_and_pieces_are_the_whole(membership, shared):
   """From the state after a prompt of unequal lengths, by steps, and in two pieces."""
   options = Routing(4, membership)
   q, k, v, s = tokens(np.random.default_rng(2), 24)
-  read = jax.jit(
-    lambda arrays, lengths, state: routed_attention(
-      *arrays, options=options, lengths=lengths, initial_state=state
-    )
-  )
-  step = jax.jit(lambda arrays, state: routed_attention_step(*arrays, state, options=options))
-  whole, _ = routed_attention(q, k, v, s, options=options)
+  others = np.asarray(with_key_scores(shared, s).get("key_scores", s))
+
+  def scored(arrays):
+    *arrays, own = arrays
+    return arrays, {} if shared else dict(key_scores=own)
+
+  def whole_call(arrays, **more):
+    arrays, own = scored(arrays)
+    return routed_attention(*arrays, options=options, **own, **more)
+
+  def step_call(arrays, state):
+    arrays, own = scored(arrays)
+    return routed_attention_step(*arrays, state, options=options, **own)
+
+  read = jax.jit(lambda arrays, n, state: whole_call(arrays, lengths=n, initial_state=state))
+  step = jax.jit(step_call)
+  whole, _ = whole_call((q, k, v, s, others))
   empty = empty_routed_state(2, 2, 3, 4, 8, 8)
-  prompt = [x[:, :12] for x in (q, k, v, s)]
+  prompt = [x[:, :12] for x in (q, k, v, s, others)]
   stops = np.array([12, 7])
   _, state = read(prompt, stops, empty)
   for t in range(5):
     now = stops + t
-    output, state = step([x[np.arange(2), now] for x in (q, k, v, s)], state)
+    output, state = step([x[np.arange(2), now] for x in (q, k, v, s, others)], state)
     close(output, np.asarray(whole)[np.arange(2), now], 2e-6)
   first, state = read(prompt, np.array([12, 12]), empty)
-  rest, _ = read([x[:, 12:] for x in (q, k, v, s)], np.array([12, 12]), state)
+  rest, _ = read([x[:, 12:] for x in (q, k, v, s, others)], np.array([12, 12]), state)
   close(np.concatenate([first, rest], axis=1), whole, 2e-6)
 
 
