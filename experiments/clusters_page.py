@@ -8,21 +8,30 @@ import numpy as np
 
 
 def clusters_by_head(model, ids: np.ndarray) -> dict[str, np.ndarray]:
-  """`layer 2, head 1` -> bool [T, C], the clusters that each token is in."""
+  """`layer 2, head 1` -> bool [T, C], the clusters that each token is in.
+
+  Where keys have clusters of their own: `layer 2, head 1, queries` and `..., keys`. A query sees
+  keys of the same color.
+  """
 
   def find(ids):
     found = []
     for mixer, x in model.mixer_inputs(ids):
-      routed = mixer.config.routed_heads > 0
-      found.append(mixer.clusters_of(x)[0] if routed else None)
+      of = {}
+      if mixer.config.routed_heads and mixer.config.shared:
+        of[""] = mixer.clusters_of(x)[0]
+      elif mixer.config.routed_heads:
+        of[", queries"] = mixer.clusters_of(x)[0]
+        of[", keys"] = mixer.clusters_of(x, as_key=True)[0]
+      found.append(of)
     return found
 
   by_layer = jax.jit(find)(ids[None])
   return {
-    f"layer {layer + 1}, head {head + 1}": np.asarray(of[:, head])
+    f"layer {layer + 1}, head {head + 1}{kind}": np.asarray(of[kind][:, head])
     for layer, of in enumerate(by_layer)
-    if of is not None
-    for head in range(of.shape[1])
+    for head in range(next(iter(of.values())).shape[1] if of else 0)
+    for kind in sorted(of, reverse=True)  # queries first
   }
 
 

@@ -185,16 +185,22 @@ class RoutedMixer(nnx.Module):
     if self.centroids is None or routed is None:
       return y, state, None
     found = [self.centroids.spread(*one) for one in routed]
-    distance = sum(distance for distance, _ in found) * (2 / len(found))  # queries' and keys'
+    distance = 2 * jnp.mean(jnp.stack([distance for distance, _ in found]))  # queries' and keys'
     sums = jax.tree.map(lambda *parts: sum(parts), *(sums for _, sums in found))
     return y, state, Note(self.config.commitment * distance, sums)
 
-  def clusters_of(self, x: Float[Array, "B T D"]) -> Bool[Array, "B T H C"]:
-    """Which clusters of its routed heads each token belongs to, in a pass over the whole row."""
+  def clusters_of(
+    self, x: Float[Array, "B T D"], *, as_key: bool = False
+  ) -> Bool[Array, "B T H C"]:
+    """Which clusters of its routed heads each token belongs to, in a pass over the whole row.
+
+    By its query; `as_key`: by its key, which is another vector unless they are `shared`.
+    """
     if self.centroids is None:
       return jnp.zeros((*x.shape[:2], 0, self.config.clusters), bool)
-    query = self._project(x)[0][:, :, : self.config.routed_heads]
-    near = self.centroids.scores(self._standardised(query))
+    query, key, _ = self._project(x)
+    vector = key if as_key and not self.config.shared else query
+    near = self.centroids.scores(self._standardised(vector[:, :, : self.config.routed_heads]))
     if self.config.routing.membership == "causal_recent":
       return jnp.argmax(near, -1)[..., None] == jnp.arange(near.shape[-1])
     members = top_members(near, self.config.routing.window_size)  # [B, H, C, W]

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from attnzoo.experiments import make_tokenizer
+from attnzoo.experiments.configs import routing_small
 from attnzoo.experiments.data import (
   ByteTokenizer,
   DataConfig,
@@ -13,6 +15,7 @@ from attnzoo.experiments.data import (
   load_tokenizer,
 )
 from attnzoo.experiments.data import tokenizers as ours
+from attnzoo.experiments.training import config
 from attnzoo_testing.tiny_tokenizer import train_json
 
 TEXT = "naïve façade – 日本語 🙂🙂 <|endoftext|> plain words, plain words\n"
@@ -142,3 +145,30 @@ def test_unreadable_tokenizer_is_refused(tmp_path):
   (tmp_path / "t.json").write_text("{}")
   with pytest.raises(DataError, match="readable tokenizer.json; got .*t.json"):
     load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_make_tokenizer_reads_the_training_split_alone(tmp_path):
+  """What only held-out documents say gets no ids of its own, and still is encoded."""
+  train, held_out = tmp_path / "train.txt", tmp_path / "validation.txt"
+  train.write_text("attention attends " * 50)
+  held_out.write_text("zebra zebra " * 50)
+  data = DataConfig(path=str(train), validation_path=str(held_out))
+  made = make_tokenizer.train_tokenizer(data, vocab_size=280)
+  words = made.get_vocab()
+  assert len(words) <= 280
+  assert "attention" in words
+  assert not any("ze" in word for word in words)
+  made.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+  assert tokenizer.decode(tokenizer.encode("zebra " + TEXT)) == "zebra " + TEXT
+  assert tokenizer.end_id == words[make_tokenizer.END]
+
+
+def test_shipped_tokenizer():
+  setup = config.from_config_dict(routing_small.get_config())
+  tokenizer = load_tokenizer(setup.data.tokenizer)
+  assert tokenizer.vocab_size == setup.model.vocab_size == 1024
+  code = "def attend(self, query):\n    return self.mixer(query)\n"
+  ids = tokenizer.encode(code)
+  assert len(ids) < len(code) / 2
+  assert tokenizer.decode(ids) == code

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from attnzoo import zoo
 from attnzoo.experiments import clusters_page
 from attnzoo.experiments.configs import routing_digits, routing_published, routing_small
 from attnzoo.experiments.data import DataConfig
 from attnzoo.experiments.training import config, honesty, loop, runs, state, summary
-from attnzoo.zoo import get_config
 from attnzoo.zoo.routing import PRESETS, RoutingConfig
 from attnzoo_testing.mixers import close, mesh_of
 
@@ -95,7 +96,7 @@ def test_a_run_on_pictures_has_both_figures_and_samples(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_port_starts_from_the_centroids_of_its_first_batch(tmp_path):
   """Not from noise; the first step still has that batch."""
-  port = get_config(
+  port = zoo.get_config(
     "routing-port-tiny", features=16, num_layers=1, heads=2, local_heads=(1,), head_dim=8,
     window_size=16, max_length=64, block_size=8,
   )  # fmt: skip
@@ -142,6 +143,21 @@ def test_random_tokens_cannot_be_predicted_without_a_leak():
   last = np.asarray(losses)[-100:]
   assert np.mean(last) > np.log(2) - 3 * np.std(last) / 10
   assert np.mean(last) < 0.72  # and it has learned that much
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_clusters_by_head(shared):
+  """Every token is in one cluster by its query; by its key, too, where that is another vector."""
+  small = dataclasses.replace(
+    PRESETS["routing-tiny"], vocab_size=17, features=16, hidden=16, num_layers=2, shared=shared
+  )
+  found = clusters_page.clusters_by_head(zoo.build(small, nnx.Rngs(0)), np.arange(12))
+  kinds = [""] if shared else [", queries", ", keys"]
+  assert list(found) == [f"layer 2, head 1{kind}" for kind in kinds]
+  for clusters in found.values():
+    assert clusters.shape == (12, small.clusters)
+    np.testing.assert_array_equal(clusters.sum(1), 1)
+  assert shared or np.any(found["layer 2, head 1, queries"] != found["layer 2, head 1, keys"])
 
 
 def test_page_of_clusters():

@@ -59,8 +59,9 @@ def test_who_sees_the_future(config, leaks):
   assert np.array_equal(call(x), call(changed)) != leaks
 
 
-def test_over_devices():
-  mixers.check_sharded(make(RECENT), inputs(rows=4, length=12), 2, 2, 2, relative=2e-5)
+@pytest.mark.parametrize("config", [RECENT, UNSHARED], ids=["shared", "unshared"])
+def test_over_devices(config):
+  mixers.check_sharded(make(config), inputs(rows=4, length=12), 2, 2, 2, relative=2e-5)
 
 
 def test_notes_over_devices_are_those_of_one():
