@@ -11,44 +11,16 @@ more than they must. Any text can be encoded: no byte is unknown.
 import pathlib
 
 from absl import flags
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from attnzoo.experiments import command_line
 from attnzoo.experiments.data import DataConfig
-from attnzoo.experiments.data.errors import refuse
-from attnzoo.experiments.data.formats import TokenSource
-from attnzoo.experiments.data.sources import open_source
+from attnzoo.experiments.data.tokenizer_training import train_tokenizer
 
 _SOURCE = flags.DEFINE_string("source", "auto", "As --config.data.source; any one of text.")
 _PATH = flags.DEFINE_string("path", "", "File or folder; empty = the Python standard library.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, "Ids, 256 bytes and the end of a document"
                                    " among them.", lower_bound=257)  # fmt: skip
 _OUT = flags.DEFINE_string("out", "tokenizer.json", "File to write.")
-
-END = "<|endoftext|>"
-
-
-def train_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
-  """A tokenizer of the training documents; held-out ones are not read.
-
-  Raises:
-    DataError: the source is no text, or missing.
-  """
-  source = open_source(config)
-  if isinstance(source, TokenSource):
-    raise refuse("source", "hold text", "token files", "these have a tokenizer already")
-  tokenizer = Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=[END],
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  documents = (document.decode("utf-8", errors="replace") for document in source.splits["train"]())
-  tokenizer.train_from_iterator(documents, trainer)
-  return tokenizer
 
 
 def main(_) -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from attnzoo.experiments import make_tokenizer
 from attnzoo.experiments.configs import routing_small
 from attnzoo.experiments.data import (
   ByteTokenizer,
@@ -13,6 +12,7 @@ from attnzoo.experiments.data import (
   describe_tokenizer,
   load_corpus,
   load_tokenizer,
+  tokenizer_training,
 )
 from attnzoo.experiments.data import tokenizers as ours
 from attnzoo.experiments.training import config
@@ -153,7 +153,7 @@ def test_make_tokenizer_reads_the_training_split_alone(tmp_path):
   train.write_text("attention attends " * 50)
   held_out.write_text("zebra zebra " * 50)
   data = DataConfig(path=str(train), validation_path=str(held_out))
-  made = make_tokenizer.train_tokenizer(data, vocab_size=280)
+  made = tokenizer_training.train_tokenizer(data, vocab_size=280)
   words = made.get_vocab()
   assert len(words) <= 280
   assert "attention" in words
@@ -161,7 +161,7 @@ def test_make_tokenizer_reads_the_training_split_alone(tmp_path):
   made.save(str(tmp_path / "tokenizer.json"))
   tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
   assert tokenizer.decode(tokenizer.encode("zebra " + TEXT)) == "zebra " + TEXT
-  assert tokenizer.end_id == words[make_tokenizer.END]
+  assert tokenizer.end_id == words[tokenizer_training.END]
 
 
 def test_shipped_tokenizer():
