@@ -23,6 +23,7 @@ from ..pallas_kernels import (
   sharded_routed_attention,
 )
 from ..pallas_kernels.routed_attention.members import top_members
+from .base_conv import short_convolution
 from .centroids import Centroids, CentroidsConfig
 from .dropout import split_key
 from .norms import standardise
@@ -32,6 +33,7 @@ from .positions import position_after, positions_from, rotary, rotary_pairs
 from .projections import HeadsIn, HeadsOut
 
 POSITIONS = ("none", "shaw", "rotary")
+KEYS = ("queries", "own", "previous")
 
 
 class RoutedMixerState(NamedTuple):
@@ -40,6 +42,7 @@ class RoutedMixerState(NamedTuple):
   routed: RoutedState | None  # None without routed heads
   local: WindowState | None  # None without local heads
   position: Int[Array, " B"]  # of the next token
+  previous: Float[Array, "B 1 X"] | None = None  # the last token's queries, where they are keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class RoutedMixerConfig:
   routing: Routing  # its membership and how many members a cluster has
   block_size: int  # of local heads
   look_back: int | None = None  # tokens before the own block that local heads see; None: one block
-  shared: bool = True  # routed queries are the keys, too; False: keys have the other projection
+  routed_keys: str = "queries"  # "own": another projection; "previous": queries of the token before
   positions: str = "shaw"  # learned tables by distance; or "rotary", "none"
   max_distance: int = 513  # of the tables of "shaw"
   rotary_base: float = 10000.0
@@ -74,8 +77,11 @@ class RoutedMixerConfig:
       self._refuse("positions", f"be one of {POSITIONS}", "'shaw' as in the released text models")
     if self.positions == "shaw" and self.max_distance < 1:
       self._refuse("max_distance", "be at least 1", "rows of the tables: 2 max_distance + 1")
+    if self.routed_keys not in KEYS:
+      self._refuse("routed_keys", f"be one of {KEYS}", "'queries' as published")
     if not self.shared and self.routing.membership != "causal_recent":
-      self._refuse("shared", "be True unless membership is 'causal_recent'", "as published")
+      rule = "be 'queries' unless membership is 'causal_recent'"
+      self._refuse("routed_keys", rule, "as published")
     if self.positions == "rotary":
       rotary_pairs(self.head_dim, 1.0)  # raises for an odd head_dim
     if self.block_size < 1:
@@ -90,6 +96,11 @@ class RoutedMixerConfig:
       self._refuse("positions", "not be 'shaw' with membership 'causal_recent'", "use 'rotary'")
     if self.routed_heads:
       self.centroids()  # raises for what does not fit
+
+  @property
+  def shared(self) -> bool:
+    """Whether routed queries are the keys, too."""
+    return self.routed_keys == "queries"
 
   @property
   def shaw_routed(self) -> bool:
@@ -117,6 +128,10 @@ class RoutedMixer(nnx.Module):
   (`routed_attention`) around centroids that follow the queries (`Centroids`); their columns of the
   key projection are not used. Local heads are `block_attention`. `with_note` gives beside the
   output the commitment loss, 2 commitment mean (q - mu)^2, and what moves the centroids.
+
+  Not of the paper, with "causal_recent" only: `routed_keys` "own" have the columns of the key
+  projection; "previous" are the queries of the token before (0 before a document's first), so that
+  a query finds the tokens that came after others like its own.
 
   Membership "official" LEAKS the future into the past (`Routing`). Where a `state` is given, it is
   read as "topk_prefix": tokens to come are not there, as in decoding.
@@ -157,10 +172,15 @@ class RoutedMixer(nnx.Module):
     sizes = (c.clusters, c.routing.window_size, c.head_dim, c.head_dim)
     local = c.heads - c.routed_heads
     left = block_window(c.block_size, self._look_back())
+    previous = None
+    if c.routed_heads and c.routed_keys == "previous":
+      wide = jnp.promote_types(dtype, jnp.float32)
+      previous = jnp.zeros((batch, 1, c.routed_heads * c.head_dim), wide)
     return RoutedMixerState(
       empty_routed_state(batch, c.routed_heads, *sizes, dtype) if c.routed_heads else None,
       empty_window(batch, left, local, c.head_dim, c.head_dim, dtype) if local else None,
       jnp.zeros((batch,), jnp.int32),
+      previous,
     )
 
   def __call__(
@@ -194,13 +214,12 @@ class RoutedMixer(nnx.Module):
   ) -> Bool[Array, "B T H C"]:
     """Which clusters of its routed heads each token belongs to, in a pass over the whole row.
 
-    By its query; `as_key`: by its key, which is another vector unless they are `shared`.
+    By its query; `as_key`: by its key, which is another vector unless queries are the keys.
     """
     if self.centroids is None:
       return jnp.zeros((*x.shape[:2], 0, self.config.clusters), bool)
-    query, key, _ = self._project(x)
-    vector = key if as_key and not self.config.shared else query
-    near = self.centroids.scores(self._standardised(vector[:, :, : self.config.routed_heads]))
+    vector, key, _ = self._routed_vectors(*self._project(x)[:2])
+    near = self.centroids.scores(key if as_key else vector)
     if self.config.routing.membership == "causal_recent":
       return jnp.argmax(near, -1)[..., None] == jnp.arange(near.shape[-1])
     members = top_members(near, self.config.routing.window_size)  # [B, H, C, W]
@@ -219,14 +238,14 @@ class RoutedMixer(nnx.Module):
     c = self.config
     query, key, value = self._project(x)
     split, parts = c.routed_heads, []
-    routed, local = state.routed, state.local
+    routed, local, previous = state.routed, state.local, state.previous
     turn = state.position[:, None]
     if self.centroids is not None and routed is not None:
-      q = self._standardised(query[:, :split])
-      k = q if c.shared else self._standardised(key[:, :split])
+      q, k, previous = self._routed_vectors(query[:, None], key[:, None], previous)
+      q, k = q[:, 0], k[:, 0]
       near = self.centroids.scores(q)
       key_near = None if c.shared else self.centroids.scores(k)
-      q, k = (self._turn(x.astype(self.dtype)[:, None], turn)[:, 0] for x in (q, k))
+      q, k = (self._turn(y.astype(self.dtype)[:, None], turn)[:, 0] for y in (q, k))
       output, routed = routed_attention_step(
         q, k, value[:, :split], near, routed,
         options=self._routing(True),
@@ -240,7 +259,7 @@ class RoutedMixer(nnx.Module):
         q, k, value[:, split:], local, **self._blocks(), **self._tables("local")
       )
       parts.append(output)
-    state = RoutedMixerState(routed, local, state.position + 1)
+    state = RoutedMixerState(routed, local, state.position + 1, previous)
     return self._out(jnp.concatenate(parts, axis=-2)), state
 
   def _mix(self, x, segment_ids, positions, lengths, state, dropout_key):
@@ -251,19 +270,17 @@ class RoutedMixer(nnx.Module):
     if positions is None:
       positions = positions_from(length, None if state is None else state.position)
     split, parts, note = c.routed_heads, [], None
-    routed = local = None
+    routed = local = previous = None
     documents: dict[str, Any] = dict(segment_ids=segment_ids, lengths=lengths)
     routed_drop, local_drop = self._drops(dropout_key)
     if self.centroids is not None:
-      q = self._standardised(query[:, :, :split])
+      before = None if state is None else state.previous
+      q, k, previous = self._routed_vectors(query, key, state=before, **documents)
       near = self.centroids.scores(q)
-      note, key_near = [(q, near)], None
-      q = k = self._turn(q.astype(self.dtype), positions)
-      if not c.shared:
-        k = self._standardised(key[:, :, :split])
-        key_near = self.centroids.scores(k)
-        note.append((k, key_near))
-        k = self._turn(k.astype(self.dtype), positions)
+      key_near = None if c.shared else self.centroids.scores(k)
+      note = [(q, near), (k, key_near)] if c.routed_keys == "own" else [(q, near)]
+      q = self._turn(q.astype(self.dtype), positions)
+      k = q if c.shared else self._turn(k.astype(self.dtype), positions)
       axes = None if routed_drop else operator_axes()  # with dropout the compiler splits it
       function = routed_attention if axes is None else sharded_routed_attention
       output, routed = function(
@@ -298,15 +315,33 @@ class RoutedMixer(nnx.Module):
     output = constrain(jnp.concatenate(parts, axis=-2), "batch", "length", "heads", None)
     before = jnp.zeros((batch,), jnp.int32) if state is None else state.position
     following = position_after(positions, lengths, before)
-    return self._out(output), RoutedMixerState(routed, local, following), note
+    return self._out(output), RoutedMixerState(routed, local, following, previous), note
 
   def _project(self, x):
     query, key, value = self.heads_in(x)  # [..., H, K] each
     return query * self.config.head_dim**-0.5, key, value
 
-  def _standardised(self, query):
-    """In float32 (or wider): who is near is not to depend on rounding."""
-    return standardise(query.astype(jnp.promote_types(query.dtype, jnp.float32)))
+  def _routed_vectors(self, query, key, state=None, **documents):
+    """(queries, keys) of the routed heads before they are turned, and what the next call needs.
+
+    Standardised in float32 (or wider): who is near is not to depend on rounding.
+    """
+    c = self.config
+
+    def standard(x):
+      x = x[:, :, : c.routed_heads]
+      return standardise(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+    query = standard(query)
+    if c.routed_keys == "queries":
+      return query, query, None
+    if c.routed_keys == "own":
+      return query, standard(key), None
+    flat = query.reshape(*query.shape[:2], -1)
+    state = jnp.zeros_like(flat[:, :1]) if state is None else state
+    one_before = jnp.zeros((2, flat.shape[-1]), flat.dtype).at[0].set(1)
+    late, state = short_convolution(flat, one_before, state=state, **documents)
+    return query, late.reshape(query.shape), state
 
   def _out(self, output):
     if self.head_mix is not None:

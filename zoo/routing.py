@@ -61,7 +61,7 @@ class RoutingConfig:
   membership: str = "causal_recent"  # or "official", "topk_prefix"; see `Routing`
   routing_scale: float | None = None  # of routed logits; published 1, None: head_dim ** -0.5
   combine_eps: float = 0.01
-  shared: bool = True  # routed queries are the keys, too, as published for decoders
+  routed_keys: str = "queries"  # as published for decoders; or "own", "previous": `RoutedMixer`
   positions: str = "rotary"  # published "shaw" (text) and "none" (images)
   rotary_base: float = 10000.0
   max_distance: int = 513  # of "shaw"
@@ -127,7 +127,7 @@ class RoutingConfig:
       routing=Routing(self.window_size, self.membership, scale=scale, combine_eps=self.combine_eps),
       block_size=self.block_size,
       look_back=self.look_back,
-      shared=self.shared,
+      routed_keys=self.routed_keys,
       positions=self.positions,
       max_distance=self.max_distance,
       rotary_base=self.rotary_base,

@@ -101,7 +101,7 @@ SIZES: dict[str, dict[str, Any]] = {
   "routing-cifar10-full": _full(_CIFAR, 3072),
   # Laptop size; these do not leak.
   "routing-tiny": dict(
-    _BYTES, routed_heads=1, skip_first=1, clusters=4, window_size=64, shared=False
+    _BYTES, routed_heads=1, skip_first=1, clusters=16, window_size=64, routed_keys="previous"
   ),
   "routing-tiny-local": dict(_BYTES, **_LOCAL),
   "routing-digits": dict(_DIGITS, routed_heads=2, clusters=4, window_size=16),

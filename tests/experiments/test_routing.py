@@ -145,19 +145,23 @@ def test_random_tokens_cannot_be_predicted_without_a_leak():
   assert np.mean(last) < 0.72  # and it has learned that much
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_clusters_by_head(shared):
+@pytest.mark.parametrize("keys", ["queries", "own", "previous"])
+def test_clusters_by_head(keys):
   """Every token is in one cluster by its query; by its key, too, where that is another vector."""
   small = dataclasses.replace(
-    PRESETS["routing-tiny"], vocab_size=17, features=16, hidden=16, num_layers=2, shared=shared
+    PRESETS["routing-tiny"], vocab_size=17, features=16, hidden=16, num_layers=2, routed_keys=keys
   )
   found = clusters_page.clusters_by_head(zoo.build(small, nnx.Rngs(0)), np.arange(12))
-  kinds = [""] if shared else [", queries", ", keys"]
+  kinds = [""] if keys == "queries" else [", queries", ", keys"]
   assert list(found) == [f"layer 2, head 1{kind}" for kind in kinds]
   for clusters in found.values():
     assert clusters.shape == (12, small.clusters)
     np.testing.assert_array_equal(clusters.sum(1), 1)
-  assert shared or np.any(found["layer 2, head 1, queries"] != found["layer 2, head 1, keys"])
+  if keys == "own":
+    assert np.any(found["layer 2, head 1, queries"] != found["layer 2, head 1, keys"])
+  if keys == "previous":
+    queries, later = (found[f"layer 2, head 1, {kind}"] for kind in ("queries", "keys"))
+    np.testing.assert_array_equal(later[1:], queries[:-1])
 
 
 def test_page_of_clusters():

@@ -18,7 +18,7 @@ RECENT = RoutedMixerConfig(
   block_size=2, positions="rotary", init=nnx.initializers.normal(0.5),
 )  # fmt: skip
 SHAW = dict(positions="shaw", max_distance=2)
-UNSHARED = dataclasses.replace(RECENT, shared=False)
+OWN, PREVIOUS = (dataclasses.replace(RECENT, routed_keys=keys) for keys in ("own", "previous"))
 PREFIX = dataclasses.replace(RECENT, routing=Routing(3, "topk_prefix"), **SHAW)
 OFFICIAL = dataclasses.replace(RECENT, routing=Routing(3, "official"), **SHAW)
 
@@ -32,7 +32,7 @@ def inputs(rows, length):
 
 
 @pytest.mark.parametrize(
-  "config", [RECENT, UNSHARED, PREFIX], ids=["causal_recent", "unshared", "topk_prefix"]
+  "config", [RECENT, OWN, PREVIOUS, PREFIX], ids=["causal_recent", "own", "previous", "topk_prefix"]
 )
 def test_mixer_protocol(config):
   mixers.check_protocol(make(config), inputs(rows=3, length=7), [1, 3, 4])
@@ -48,8 +48,9 @@ def test_official_is_read_without_the_future_where_there_is_a_state():
 
 
 @pytest.mark.parametrize(
-  ("config", "leaks"), [(RECENT, False), (UNSHARED, False), (PREFIX, False), (OFFICIAL, True)],
-  ids=["causal_recent", "unshared", "topk_prefix", "official"],
+  ("config", "leaks"),
+  [(RECENT, False), (OWN, False), (PREVIOUS, False), (PREFIX, False), (OFFICIAL, True)],
+  ids=["causal_recent", "own", "previous", "topk_prefix", "official"],
 )  # fmt: skip
 def test_who_sees_the_future(config, leaks):
   """Other tokens from the 12th on: the outputs before are the same bits, but for "official"."""
@@ -59,7 +60,7 @@ def test_who_sees_the_future(config, leaks):
   assert np.array_equal(call(x), call(changed)) != leaks
 
 
-@pytest.mark.parametrize("config", [RECENT, UNSHARED], ids=["shared", "unshared"])
+@pytest.mark.parametrize("config", [RECENT, OWN, PREVIOUS], ids=["queries", "own", "previous"])
 def test_over_devices(config):
   mixers.check_sharded(make(config), inputs(rows=4, length=12), 2, 2, 2, relative=2e-5)
 
@@ -92,12 +93,41 @@ def test_commitment_is_in_the_note_and_moves_the_queries():
 
 
 def test_keys_of_their_own_are_noted_too():
-  mixer = make(UNSHARED)
+  mixer = make(OWN)
   x = inputs(rows=2, length=8)
   note = jax.jit(lambda x: mixer.with_note(x)[2])(x)
   assert note.sums.count.sum() == 2 * 8 * 2 * 2  # queries and keys of two heads
-  shared = jax.jit(lambda x: make(RECENT).with_note(x)[2])(x)
-  assert shared.sums.count.sum() == 2 * 8 * 2
+  for config in (RECENT, PREVIOUS):
+    note = jax.jit(lambda x, config=config: make(config).with_note(x)[2])(x)
+    assert note.sums.count.sum() == 2 * 8 * 2
+
+
+def test_previous_keys_are_the_queries_of_the_token_before():
+  """Against a float64 definition; two documents in a row, zeros before the first of each."""
+  heads, window = PREVIOUS.routed_heads, PREVIOUS.routing.window_size
+  config = dataclasses.replace(PREVIOUS, heads=heads, positions="none", head_mix=False)
+  mixer = make(config)
+  x, ids = inputs(rows=1, length=11), np.repeat([[0, 1]], [5, 6], axis=1)
+  got = jax.jit(lambda x: mixer(x, segment_ids=jnp.asarray(ids))[0])(x)
+  w_query, _, w_value = np.asarray(mixer.heads_in.kernel[...], np.float64)
+  query, value = (np.einsum("td,dhk->thk", np.float64(x[0]), w) for w in (w_query, w_value))
+  query = query - query.mean(-1, keepdims=True)
+  query /= query.std(-1, keepdims=True)
+  means = np.asarray(mixer.centroids.means[...], np.float64)
+  expected = np.zeros_like(value)
+  for t in range(11):
+    for h in range(heads):
+      seen, own = [], np.argmax(means[h] @ query[t, h])
+      for s in range(0 if t < 5 else 5, t + 1):
+        key = np.zeros(6) if s in (0, 5) else query[s - 1, h]
+        if np.argmax(means[h] @ key) == own:
+          seen.append((key @ query[t, h], value[s, h]))
+      if seen:
+        logits, values = map(np.asarray, zip(*seen[-window:], strict=True))
+        weights = np.exp(config.routing.scale * logits)
+        expected[t, h] = weights @ values / weights.sum()
+  w_out = np.asarray(mixer.heads_out.kernel[...], np.float64)
+  close(got[0], np.einsum("thk,hkd->td", expected, w_out), 1e-5)
 
 
 def test_local_and_routed_heads_alone():
@@ -132,10 +162,11 @@ def test_bad_configurations_are_refused():
   for change, message in (
     (dict(routed_heads=5), "routed_heads must lie between 0 and heads .4.; got 5"),
     (dict(positions="learned"), "positions must be one of"),
+    (dict(routed_keys="next"), "routed_keys must be one of .*; got 'next'"),
     (dict(positions="shaw"), "positions must not be 'shaw' with membership 'causal_recent'"),
     (
-      dict(shared=False, routing=Routing(3, "topk_prefix")),
-      "shared must be True unless membership is 'causal_recent'",
+      dict(routed_keys="own", routing=Routing(3, "topk_prefix")),
+      "routed_keys must be 'queries' unless membership is 'causal_recent'; got 'own'",
     ),
     (dict(look_back=3), "look_back must be a multiple of block_size .2.; got 3"),
     (dict(block_size=0), "block_size must be at least 1; got 0"),
