@@ -8,8 +8,8 @@ Paper     Efficient Content-Based Sparse Attention with Routing Transformers (20
           --config.model.membership=official --config.model.routed_keys=queries
           --config.model.positions=shaw: look at `xent_prefix` then, not at
           `xent_teacher_forced_leaky`
-Expected  1.361 bits per byte of all held-out text, 1.344 with local attention alone (one seed;
-          Python 3.12.1): routing does not pay yet
+Expected  1.270 and 1.268 bits per byte of all held-out text, 1.470 and 1.475 with local attention
+          alone (seeds 0 and 1; Python 3.12.1)
 Hardware  one CPU core, a quarter of an hour
 """
 
