@@ -27,7 +27,9 @@ def get_config(preset: str = "routing-tiny"):
   return config.to_config_dict(
     config.Experiment(
       model=zoo.get_config(preset, vocab_size=1024, loss_chunk=512),
-      data=DataConfig(source="stdlib", tokenizer=str(TOKENIZER), sequence_length=1024, batch_size=4),
+      data=DataConfig(
+        source="stdlib", tokenizer=str(TOKENIZER), sequence_length=1024, batch_size=4
+      ),
       optimizer=config.OptimizerConfig(
         name="muon", learning_rate=4e-3, schedule="linear", warmup_steps=50
       ),
