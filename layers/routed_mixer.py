@@ -277,8 +277,11 @@ class RoutedMixer(nnx.Module):
       before = None if state is None else state.previous
       q, k, previous = self._routed_vectors(query, key, state=before, **documents)
       near = self.centroids.scores(q)
-      key_near = None if c.shared else self.centroids.scores(k)
-      note = [(q, near), (k, key_near)] if c.routed_keys == "own" else [(q, near)]
+      note, key_near = [(q, near)], None
+      if not c.shared:
+        key_near = self.centroids.scores(k)
+        if c.routed_keys == "own":
+          note.append((k, key_near))
       q = self._turn(q.astype(self.dtype), positions)
       k = q if c.shared else self._turn(k.astype(self.dtype), positions)
       axes = None if routed_drop else operator_axes()  # with dropout the compiler splits it
