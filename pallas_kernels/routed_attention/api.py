@@ -72,9 +72,8 @@ def routed_attention(
     initial_state: `RoutedState` of the tokens before; not with "official", not with a memory.
     dropout_rate, dropout_key: with a key, weights are dropped with this probability; only with
       "official", in XLA.
-    implementation: "xla", "tpu", "triton", "reference", or None: with "official" the kernel of the
-      platform that is compiled for where it takes the arguments, else "xla". The kernels are for
-      "official" only; "causal_recent" is a sort and the sliding-window attention of the platform.
+    implementation: "xla", "tpu", "triton", "reference", or None: the kernel of the platform that is
+      compiled for where it takes the arguments, else "xla". "topk_prefix" has no kernels.
     interpret: run the Pallas TPU kernels in their CPU interpreter (tests).
 
   Returns:
@@ -117,14 +116,14 @@ def routed_attention(
     ).astype(value.dtype)
   elif options.membership == "official":
     output = _attend(implementation, interpret)(query, tokens, scores, options, extras)
+  elif options.membership == "causal_recent":
+    other = None if key_scores is None else scores
+    output = attend_recent(query, tokens, other, options, implementation, interpret)
   elif implementation != "xla":
     raise NotImplementedError(
       f'{NAME}: implementation must be "xla" with membership="{options.membership}"; got'
-      f' "{implementation}" ("causal_recent" uses the sliding-window kernels by itself)'
+      f' "{implementation}" (it has no kernels; None picks "xla")'
     )
-  elif options.membership == "causal_recent":
-    other = None if key_scores is None else scores
-    output = attend_recent(query, tokens, other, options)
   else:
     output = attend_prefix(query, tokens, options, extras)
   return zero_padding(output, lengths), state_after(tokens, options, segments, lengths)
@@ -155,16 +154,20 @@ def _drop(rate, key, options, implementation) -> Drop | None:
 def _choose(query, tokens, scores, options, extras) -> str:
   """The kernel of the platform where it takes these arguments, else the portable path."""
   platform = compat.target_platform()
-  if options.membership != "official" or extras.drop is not None:
+  if options.membership == "topk_prefix" or extras.drop is not None:
     return "xla"
   if platform == "cuda" and compat.has_jax_triton():
     from .triton import fits
 
     return "xla" if fits(query, tokens, scores, options, extras) else "triton"
   if platform == "tpu":
-    from .tpu_vjp import fits
+    if options.membership == "official":
+      from .tpu_vjp import fits
 
-    return "xla" if fits(query, tokens, scores, options, extras) else "tpu"
+      return "xla" if fits(query, tokens, scores, options, extras) else "tpu"
+    from .tpu_recent import fits
+
+    return "xla" if fits(query, tokens, scores is tokens.scores, options) else "tpu"
   return "xla"
 
 

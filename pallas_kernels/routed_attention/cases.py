@@ -45,6 +45,8 @@ CASES = (
   _case("recent", ("ci",), 2, 50, 2, 8, 4, 9, routing=RECENT, value_dim=12),
   _case("recent_packed", ("ci",), 3, 60, 2, 8, 3, 7, routing=RECENT, segments="packed",
         lengths=True),
+  _case("recent_own", ("ci",), 3, 60, 2, 8, 3, 7, routing=RECENT, segments="packed", lengths=True,
+        unshared=True, value_dim=12),
   _case("recent_pieces", ("ci",), 2, 40, 2, 8, 3, 6, routing=RECENT, pieces=17),
   _case("prefix_packed", ("ci",), 3, 70, 1, 8, 3, 5, routing=PREFIX, segments="packed",
         lengths=True),

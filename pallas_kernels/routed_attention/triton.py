@@ -89,7 +89,7 @@ def fits(query: Any, tokens: Tokens, scores: Any, options: Routing, extras: Extr
         f"query and value must have at most {MAX_EXACT_RELATIVE_DIM} channels per head in float32 "
         f"with relative_keys; got {widest}"
       )
-  if query.shape[1] > MAX_LENGTH:
+  if options.membership == "official" and query.shape[1] > MAX_LENGTH:
     return f"query must have at most {MAX_LENGTH} tokens per row; got {query.shape[1]}"
   if query.shape[0] * query.shape[2] > MAX_ROWS:
     return f"query must have at most {MAX_ROWS} heads in all rows; got {query.shape}"

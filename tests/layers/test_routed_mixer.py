@@ -103,31 +103,42 @@ def test_keys_of_their_own_are_noted_too():
 
 
 def test_previous_keys_are_the_queries_of_the_token_before():
-  """Against a float64 definition; two documents in a row, zeros before the first of each."""
+  """Output and gradient are those of a float64 definition; zeros where a document begins."""
   heads, window = PREVIOUS.routed_heads, PREVIOUS.routing.window_size
   config = dataclasses.replace(PREVIOUS, heads=heads, positions="none", head_mix=False)
   mixer = make(config)
   x, ids = inputs(rows=1, length=11), np.repeat([[0, 1]], [5, 6], axis=1)
-  got = jax.jit(lambda x: mixer(x, segment_ids=jnp.asarray(ids))[0])(x)
-  w_query, _, w_value = np.asarray(mixer.heads_in.kernel[...], np.float64)
-  query, value = (np.einsum("td,dhk->thk", np.float64(x[0]), w) for w in (w_query, w_value))
-  query = query - query.mean(-1, keepdims=True)
-  query /= query.std(-1, keepdims=True)
-  means = np.asarray(mixer.centroids.means[...], np.float64)
-  expected = np.zeros_like(value)
-  for t in range(11):
-    for h in range(heads):
-      seen, own = [], np.argmax(means[h] @ query[t, h])
-      for s in range(0 if t < 5 else 5, t + 1):
-        key = np.zeros(6) if s in (0, 5) else query[s - 1, h]
-        if np.argmax(means[h] @ key) == own:
-          seen.append((key @ query[t, h], value[s, h]))
-      if seen:
-        logits, values = map(np.asarray, zip(*seen[-window:], strict=True))
-        weights = np.exp(config.routing.scale * logits)
-        expected[t, h] = weights @ values / weights.sum()
-  w_out = np.asarray(mixer.heads_out.kernel[...], np.float64)
-  close(got[0], np.einsum("thk,hkd->td", expected, w_out), 1e-5)
+  cotangent = np.random.default_rng(0).standard_normal((11, 12))
+  kernels = [mixer.heads_in.kernel, mixer.heads_out.kernel, mixer.centroids.means]
+  w_in, w_out, means = (np.asarray(kernel[...], np.float64) for kernel in kernels)
+
+  def queries(x):
+    query = jnp.einsum("td,dhk->thk", x, w_in[0])
+    query = query - query.mean(-1, keepdims=True)
+    return query / jnp.sqrt((query**2).mean(-1, keepdims=True))
+
+  def definition(x, near):
+    query, value = queries(x), jnp.einsum("td,dhk->thk", x, w_in[2])
+    key = jnp.pad(query, ((1, 0), (0, 0), (0, 0)))[:-1].at[5].set(0)
+    rows = []
+    for t, h in np.ndindex(11, heads):
+      seen = [
+        s for s in range(0 if t < 5 else 5, t + 1) if near(key[s, h], h) == near(query[t, h], h)
+      ]
+      seen = np.array(seen[-window:], int)
+      weights = jax.nn.softmax(config.routing.scale * key[seen, h] @ query[t, h])
+      rows.append(weights @ value[seen, h])
+    return jnp.einsum("thk,hkd->td", jnp.stack(rows).reshape(value.shape), w_out)
+
+  def centroid(vector, h):  # no gradient passes through who is near
+    return int(np.argmax(means[h] @ np.asarray(jax.lax.stop_gradient(vector))))
+
+  got, pull = jax.vjp(jax.jit(lambda x: mixer(x, segment_ids=jnp.asarray(ids))[0][0]), x)
+  with jax.enable_x64(True):
+    wide = np.asarray(x[0], np.float64)
+    expected, pull_wide = jax.vjp(lambda x: definition(x, centroid), wide)
+    close(got, expected, 1e-5)
+    close(pull(jnp.asarray(cotangent, jnp.float32))[0][0], pull_wide(cotangent)[0], 1e-5)
 
 
 def test_local_and_routed_heads_alone():

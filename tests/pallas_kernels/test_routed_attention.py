@@ -193,7 +193,14 @@ def test_who_sees_the_future(membership, leaks):
 
 
 ORACLE = Oracle(cases.operator, cases, cases.RESULTS)
-XLA = ("overlap_and_lengths", "recent_packed", "wide_clusters", "recent_pieces", "prefix_packed")
+XLA = (
+  "overlap_and_lengths",
+  "recent_packed",
+  "recent_own",
+  "wide_clusters",
+  "recent_pieces",
+  "prefix_packed",
+)
 
 
 @pytest.mark.parametrize("name", slow_but(XLA, *XLA[:2]))
@@ -204,29 +211,6 @@ def test_xla_is_the_definition(name):
 def with_key_scores(shared, scores):
   """Keys have scores of their own: those of the queries, of other tokens."""
   return {} if shared else dict(key_scores=scores[:, ::-1])
-
-
-@pytest.mark.parametrize("window", [4, 2, 40])
-def test_recent_keys_with_centroids_of_their_own(window):
-  """Output and gradients of packed, padded rows are those of the definition."""
-  q, k, v, s = tokens(np.random.default_rng(3), 37, clusters=5)
-  ids = np.repeat([0, 1, 0], [12, 9, 16])[None].repeat(2, 0)
-  fixed = dict(key_scores=s[:, ::-1], segment_ids=ids, lengths=np.array([37, 20]))
-  cotangent = np.random.default_rng(4).standard_normal(v.shape)
-
-  def loss(arrays, implementation):
-    output, _ = routed_attention(
-      *arrays, s, options=Routing(window), implementation=implementation, **fixed
-    )
-    return jnp.sum(output * cotangent), output
-
-  with jax.enable_x64(True):
-    arrays = [x.astype(np.float64) for x in (q, k, v)]
-    results = [
-      jax.jit(jax.value_and_grad(lambda a, n=name: loss(a, n), has_aux=True))(arrays)
-      for name in ("xla", "reference")
-    ]
-    jax.tree.map(lambda a, b: close(a, b, 1e-12), *results)
 
 
 @pytest.mark.parametrize(
