@@ -77,9 +77,10 @@ function paint() {
     Math.max(0, ...Object.values(sizes)) + " of " + spans.length + " tokens";
 }
 function mark(n) {
-  const of = data[head.value], mine = new Set(n < 0 ? [] : of[n]);
+  const mine = new Set(n < 0 ? [] : data[head.value][n]);
+  const others = data[head.value.replace(/, queries$/, ", keys")];  // a query meets keys
   spans.forEach((span, m) => {
-    span.className = m === n ? "here" : of[m].some(c => mine.has(c)) ? "same" : "";
+    span.className = m === n ? "here" : others[m].some(c => mine.has(c)) ? "same" : "";
   });
 }
 spans.forEach((span, n) => {

@@ -4,7 +4,7 @@
     python -m attnzoo.experiments.show_clusters --text="def f(x): return x" --out=clusters.html
 
 Layer and head are chosen on the page. A token has the colour of its cluster; under the pointer it
-marks all tokens that share one with it.
+marks all tokens that share one with it, a query those whose keys do.
 """
 
 import pathlib

@@ -15,10 +15,11 @@ from attnzoo.pallas_kernels.routed_attention import api, cases, tpu_recent
 from attnzoo.pallas_kernels.routed_attention.attend import Extras
 from attnzoo.pallas_kernels.routed_attention.state import Tokens
 from attnzoo_testing.marks import slow_but
+from attnzoo_testing.mixers import close
 from attnzoo_testing.problem import Problem
 from attnzoo_testing.tpu_aot import check_schedules, compile_for_tpu, kernels, needs_libtpu
 
-KERNEL = dict(implementation="tpu", interpret=True)
+KERNEL, XLA = dict(implementation="tpu", interpret=True), dict(implementation="xla")
 
 
 @pytest.fixture
@@ -76,6 +77,33 @@ def test_real_blocks():
 def test_tpu_memory_model(small_blocks):
   """The interpreter that knows TPU memories: unset scratch is NaN, parallel axes are shuffled."""
   compare(*problem(packed=True), interpret=pltpu.InterpretParams())
+
+
+@pytest.mark.slow
+def test_transformations(small_blocks):
+  """vmap, scan and remat of the kernels are those of the portable path."""
+  rng = np.random.default_rng(0)
+  query, key, value = rng.standard_normal((3, 3, 2, 30, 2, 8)).astype(np.float32)
+  scores = rng.standard_normal((2, 3, 2, 30, 2, 4)).astype(np.float32)
+
+  def attend(query, key, value, scores, others, how):
+    return routed_attention(
+      query, key, value, scores, key_scores=others, options=Routing(6), **how
+    )[0]
+
+  def results(how):
+    one = lambda *arrays: jnp.sum(attend(*arrays, how) ** 2)  # noqa: E731
+    several = jax.vmap(jax.value_and_grad(one, (0, 1, 2)))(query, key, value, *scores)
+
+    @jax.checkpoint
+    def body(x, _):
+      return attend(x, key[0], value[0], *scores[:, 0], how), None
+
+    loss = lambda x: jnp.sum(jax.lax.scan(body, x, length=2)[0] ** 3)  # noqa: E731
+    return several, jax.grad(loss)(query[0])
+
+  got, expected = (jax.jit(functools.partial(results, how))() for how in (KERNEL, XLA))
+  jax.tree.map(lambda a, b: close(a, b, 1e-5), got, expected)
 
 
 def test_shared_keys_are_a_sliding_window():
