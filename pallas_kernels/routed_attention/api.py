@@ -103,7 +103,7 @@ def routed_attention(
   tokens = extend(key, value, own, segments, initial_state)
   extras = Extras(relative, memory, _drop(dropout_rate, dropout_key, options, implementation))
   if implementation is None:
-    implementation = _choose(query, tokens, scores, options, extras)
+    implementation = _choose(query, tokens, scores, options, extras, key_scores is None)
   if implementation == "reference":
     if initial_state is not None or extras.drop is not None:
       raise NotImplementedError(
@@ -151,8 +151,11 @@ def _drop(rate, key, options, implementation) -> Drop | None:
   return Drop(rate, key)
 
 
-def _choose(query, tokens, scores, options, extras) -> str:
-  """The kernel of the platform where it takes these arguments, else the portable path."""
+def _choose(query, tokens, scores, options, extras, shared) -> str:
+  """The kernel of the platform where it takes these arguments, else the portable path.
+
+  `shared`: keys have the scores of the queries.
+  """
   platform = compat.target_platform()
   if options.membership == "topk_prefix" or extras.drop is not None:
     return "xla"
@@ -167,7 +170,7 @@ def _choose(query, tokens, scores, options, extras) -> str:
       return "xla" if fits(query, tokens, scores, options, extras) else "tpu"
     from .tpu_recent import fits
 
-    return "xla" if fits(query, tokens, scores is tokens.scores, options) else "tpu"
+    return "xla" if fits(query, tokens, shared, options) else "tpu"
   return "xla"
 
 

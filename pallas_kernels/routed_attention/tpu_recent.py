@@ -26,6 +26,7 @@ from .state import Tokens
 
 NAME = "routed_attention"
 LANES = 128  # queries of a tile; key blocks are multiples of it
+MAX_NUMBERS = 2**17  # half of the SMEM
 
 
 class Plan(NamedTuple):
@@ -49,7 +50,15 @@ def fits(query: Any, tokens: Tokens, shared: bool, options: Routing) -> str | No
       "value must be float32 or bfloat16 for the TPU kernels; got "
       f'{tokens.value.dtype} (cast it, or use implementation="xla")'
     )
-  if not shared and vmem_estimate(make_plan(query, tokens, options, False)) > vmem_bytes():
+  if shared:
+    return None
+  plan = make_plan(query, tokens, options, False)
+  if plan.rows * round_up(plan.tiles, LANES) > MAX_NUMBERS:
+    return (
+      "query must have fewer tiles of tokens in all heads, whose blocks' numbers are in the TPU's "
+      f'SMEM; got {query.shape} (use implementation="xla")'
+    )
+  if vmem_estimate(plan) > vmem_bytes():
     return (
       "Routing.window_size must be small enough for two windows of keys to be in the TPU's VMEM; "
       f'got {options.window_size} (use implementation="xla")'

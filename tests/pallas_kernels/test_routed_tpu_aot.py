@@ -130,7 +130,7 @@ def test_odd_sizes_compile():
 @needs_libtpu
 @pytest.mark.tpu_aot
 def test_the_kernel_is_chosen_where_it_fits():
-  """For "official" without a memory, as long as a head's tokens fit in VMEM, in two dtypes."""
+  """Without a memory, for "official" as long as a head's tokens fit in VMEM, in two dtypes."""
   chosen = {}
   official = Routing(8, "official")
 
@@ -144,12 +144,14 @@ def test_the_kernel_is_chosen_where_it_fits():
       ("relative", 4096, jnp.bfloat16, official, Extras(table, None)),
       ("memory", 4096, jnp.bfloat16, official, Extras(None, memory)),
       ("recent", 4096, jnp.bfloat16, Routing(8), Extras(None, None)),
+      ("prefix", 4096, jnp.bfloat16, Routing(8, "topk_prefix"), Extras(None, None)),
       ("long", 2**17, jnp.bfloat16, official, Extras(None, None)),
     ):
       x = jax.ShapeDtypeStruct((1, length, 2, 64), dtype)
       scores = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
-      chosen[name] = api._choose(x, Tokens(x, x, scores, None), scores, options, extras)
+      chosen[name] = api._choose(x, Tokens(x, x, scores, None), scores, options, extras, True)
     return jnp.zeros(())
 
   compile_for_tpu(trace, jax.ShapeDtypeStruct((1,), jnp.float32))
-  assert {name for name, which in chosen.items() if which == "tpu"} == {"plain", "wide", "relative"}
+  found = {name for name, which in chosen.items() if which == "tpu"}
+  assert found == {"plain", "wide", "relative", "recent"}

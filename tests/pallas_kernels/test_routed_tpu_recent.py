@@ -128,6 +128,8 @@ def test_what_is_refused():
   long = jax.ShapeDtypeStruct((1, 2**16, 1, 128), jnp.float32)
   reason = tpu_recent.fits(long, Tokens(long, long, scores, None), False, Routing(2**16))
   assert "window_size must be small enough" in reason
+  many = jax.ShapeDtypeStruct((512, 2**15, 1, 8), jnp.float32)
+  assert "fewer tiles" in tpu_recent.fits(many, Tokens(many, many, None, None), False, Routing(8))
   with pytest.raises(NotImplementedError, match="has no kernels"):
     routed_attention(x, x, x, scores, options=Routing(2, "topk_prefix"), **KERNEL)
 
@@ -286,8 +288,8 @@ def test_the_kernel_is_chosen_where_it_fits():
     ):  # fmt: skip
       x = jax.ShapeDtypeStruct((1, 2**15, 2, 64), dtype)
       scores = jax.ShapeDtypeStruct((1, 2**15, 2, 4), jnp.float32)
-      tokens, other = Tokens(x, x, scores, None), jax.ShapeDtypeStruct(scores.shape, scores.dtype)
-      chosen[name] = api._choose(x, tokens, other, Routing(window), Extras(None, None))
+      tokens = Tokens(x, x, scores, None)
+      chosen[name] = api._choose(x, tokens, scores, Routing(window), Extras(None, None), False)
     return jnp.zeros(())
 
   compile_for_tpu(trace, jax.ShapeDtypeStruct((1,), jnp.float32))
