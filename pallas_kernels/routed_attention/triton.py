@@ -253,33 +253,38 @@ def distances_of(problem: Problem, config: Config) -> tuple[int, int]:
 
 def _launch(problem, tile, kernel, inputs, outputs, grid, more):
   o = problem.options
-  key_dim, value_dim = padded(problem.key_dim), padded(problem.value_dim)
-  (key_block, key_last), (value_block, value_last) = map(
-    parts_of, (problem.key_dim, problem.value_dim)
-  )
-  constants = dict(
+  constants = channel_constants(problem) | dict(
     T=problem.length,
     H=problem.heads,
     C=problem.clusters,
     W=problem.window,
-    K=key_dim,
-    V=value_dim,
     ROWS=tile.rows,
     TILE=tile.keys,
-    K_BLOCK=key_block,
-    K_LAST=key_last,
-    V_BLOCK=value_block,
-    V_LAST=value_last,
     LIMIT=problem.relative // 2 if problem.relative else -1,
     SCALE=float(o.scale),
     CAUSAL=_causal(problem),
     SHARED=problem.shared_members,
     LAST_RESORT=o.own_pair == "last_resort",
     ZEROS_SEEN=o.zero_values_seen,
+  )
+  return Launch(kernel, grid, inputs, outputs, constants | more, tile.num_warps, tile.num_stages)
+
+
+def channel_constants(problem: Any) -> dict[str, object]:
+  """Of kernels with products, whatever the membership; needs key_dim, value_dim and dtype."""
+  (key_block, key_last), (value_block, value_last) = map(
+    parts_of, (problem.key_dim, problem.value_dim)
+  )
+  return dict(
+    K=padded(problem.key_dim),
+    V=padded(problem.value_dim),
+    K_BLOCK=key_block,
+    K_LAST=key_last,
+    V_BLOCK=value_block,
+    V_LAST=value_last,
     # float32 as three products of tf32 parts: close to float32 and still on the tensor cores.
     PRECISION="tf32x3" if problem.dtype == "float32" else "tf32",
   )
-  return Launch(kernel, grid, inputs, outputs, constants | more, tile.num_warps, tile.num_stages)
 
 
 def _causal(problem):

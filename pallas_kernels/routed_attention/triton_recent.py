@@ -16,7 +16,7 @@ from .attend import Extras
 from .options import Routing
 from .recent_band import Band, by_rows, find_band
 from .state import Tokens
-from .triton import NAME, Tile, fits, padded, parts_of
+from .triton import NAME, Tile, channel_constants, fits, padded
 from .triton_vjp import prepared
 
 KERNELS = f"{__package__}.triton_recent_kernels"
@@ -90,24 +90,13 @@ def _tokens(problem, dim, keys=False):
 
 
 def _launch(problem, kernel, tile, inputs, outputs, more=None, keys=False):
-  (key_block, key_last), (value_block, value_last) = map(
-    parts_of, (problem.key_dim, problem.value_dim)
-  )
-  constants = dict(
+  constants = channel_constants(problem) | dict(
     T=problem.length,
     S=problem.keys,
     H=problem.heads,
-    K=padded(problem.key_dim),
-    V=padded(problem.value_dim),
     ROWS=tile.rows,
     TILE=tile.keys,
-    K_BLOCK=key_block,
-    K_LAST=key_last,
-    V_BLOCK=value_block,
-    V_LAST=value_last,
     SCALE=float(problem.scale),
-    # float32 as three products of tf32 parts: close to float32 and still on the tensor cores.
-    PRECISION="tf32x3" if problem.dtype == "float32" else "tf32",
   )
   rows = problem.keys if keys else problem.length
   grid = -(-rows // tile.rows), problem.batch * problem.heads

@@ -79,6 +79,19 @@ def test_tpu_memory_model(small_blocks):
   compare(*problem(packed=True), interpret=pltpu.InterpretParams())
 
 
+def test_pieces_are_the_whole(small_blocks):
+  """From a state there are more keys than queries."""
+  rng = np.random.default_rng(0)
+  arrays = dict(zip(("query", "key", "value"), rng.standard_normal((3, 2, 30, 2, 8)), strict=True))
+  scores = dict(zip(("scores", "key_scores"), rng.standard_normal((2, 2, 30, 2, 3)), strict=True))
+  arrays = {n: x.astype(np.float32) for n, x in (arrays | scores).items()}
+  call = functools.partial(routed_attention, options=Routing(4), **KERNEL)
+  start, state = call(**{n: x[:, :11] for n, x in arrays.items()})
+  end, _ = call(**{n: x[:, 11:] for n, x in arrays.items()}, initial_state=state)
+  whole, _ = routed_attention(**arrays, options=Routing(4), implementation="reference")
+  close(np.concatenate([start, end], axis=1), whole, 2e-6)
+
+
 @pytest.mark.slow
 def test_transformations(small_blocks):
   """vmap, scan and remat of the kernels are those of the portable path."""
